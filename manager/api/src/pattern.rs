@@ -1,0 +1,45 @@
+//! Patterns.
+
+use serde::{Deserialize, Serialize};
+
+/// `POST /v1/patterns?name=…`; the body is the pattern's bytes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportQuery {
+    /// What people will call it: 1 to 128 characters, no control characters, no `/`.
+    pub name: String,
+}
+
+/// One pattern: the answer to an import, a row of `GET /v1/patterns`, or `GET /v1/patterns/{pattern}`
+/// (digest, unambiguous start of one with at least 8 digits, or name).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PatternView {
+    /// SHA-256 of its bytes.
+    pub sha256: String,
+    /// What people call it. The newest import under a name is the one that name means.
+    pub name: String,
+    /// What kind it is (`detection`).
+    pub kind: String,
+    /// Its length, in bytes.
+    pub size: u64,
+    /// How many rules it holds.
+    pub rules: u32,
+    /// Who imported it.
+    pub imported_by: String,
+    /// When.
+    pub imported_at: String,
+    /// What the compiler remarked without refusing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<Problem>,
+}
+
+/// A place in a pattern's text and what is wrong there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// Line, from 1; 0 if it concerns the whole.
+    pub line: u32,
+    /// Column in characters, from 1; 0 if it concerns the whole line.
+    pub column: u32,
+    /// What is wrong.
+    pub message: String,
+}

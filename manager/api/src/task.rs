@@ -1,0 +1,178 @@
+//! Tasks and their results.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use tm_protocol::{
+    report::Verdict,
+    task::{ScanLimits, TaskState},
+};
+
+/// Whom an order is for. At least one of the three; endpoints named twice get it once.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Targets {
+    /// Each an endpoint id, host name or address that means exactly one endpoint.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub targets: Vec<String>,
+    /// Every endpoint that this search finds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub search: Option<String>,
+    /// Every endpoint of this group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+}
+
+/// `POST /v1/scans`: one task for each target. The answer is the list of tasks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartScan {
+    /// For whom.
+    pub to: Targets,
+    /// Absolute paths, each base64 of its exact bytes.
+    pub paths_b64: Vec<String>,
+    /// Patterns by name or digest; empty means all that are imported (of each name the newest).
+    #[serde(default)]
+    pub patterns: Vec<String>,
+    /// How far to go with one file.
+    #[serde(default)]
+    pub limits: ScanLimits,
+    /// How long it may wait to be begun, in seconds (default one hour).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_in_s: Option<u64>,
+    /// How long it may run, in seconds (default 24 hours).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_s: Option<u64>,
+    /// Also for endpoints that are not connected now.
+    #[serde(default)]
+    pub when_connected: bool,
+    /// Why, for the record.
+    #[serde(default)]
+    pub reason: String,
+}
+
+/// `GET /v1/tasks`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskQuery {
+    /// Only tasks of this endpoint (a target).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// Only tasks in this state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<TaskState>,
+    /// Most rows, newest first, 1 to 1000 (default 100).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+}
+
+/// One task: a row of `GET /v1/tasks`, or `GET /v1/tasks/{id}`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskView {
+    /// Its id.
+    pub id: String,
+    /// What it is (`scan`).
+    pub kind: String,
+    /// For which endpoint.
+    pub endpoint: String,
+    /// That endpoint's host name.
+    pub host: String,
+    /// How far it has come.
+    pub state: TaskState,
+    /// Why it failed or was refused.
+    pub code: Option<String>,
+    /// The same for people.
+    pub message: Option<String>,
+    /// While it runs.
+    pub progress: Option<ProgressView>,
+    /// When it has ended well.
+    pub result: Option<ScanResult>,
+    /// Who ordered it.
+    pub issuer: String,
+    /// Why.
+    pub reason: String,
+    /// When it was ordered.
+    pub created_at: String,
+    /// When its agent began.
+    pub started_at: Option<String>,
+    /// When it ended.
+    pub finished_at: Option<String>,
+    /// When it expires if it has not begun.
+    pub expires_at: String,
+}
+
+/// How far a running scan is.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ProgressView {
+    /// Files looked at.
+    pub files: u64,
+    /// Bytes of those files.
+    pub bytes: u64,
+    /// Detections so far.
+    pub detections: u64,
+    /// Skips so far.
+    pub skipped: u64,
+}
+
+/// What a scan found: the coverage receipt. Its detections are at `GET /v1/tasks/{id}/detections`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ScanResult {
+    /// clean, detected or incomplete.
+    pub verdict: Verdict,
+    /// Files looked at.
+    pub files: u64,
+    /// Bytes of those files.
+    pub bytes: u64,
+    /// Detections in all.
+    pub detections: u64,
+    /// Skips by reason.
+    pub skipped: BTreeMap<String, u64>,
+    /// The first skips that leave a gap.
+    pub skipped_paths: Vec<SkippedView>,
+    /// Wall time, in seconds.
+    pub elapsed_s: f64,
+    /// CPU time, in seconds.
+    pub cpu_s: f64,
+}
+
+/// One thing that was not looked at.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SkippedView {
+    /// Escaped path.
+    pub path: String,
+    /// Exact bytes of the path.
+    pub path_b64: String,
+    /// Escaped names of the member, outermost first.
+    pub member: Vec<String>,
+    /// Why.
+    pub reason: String,
+}
+
+/// `GET /v1/tasks/{id}/detections`: a page of these.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DetectionView {
+    /// Its number within the task, from 1; the position to page by.
+    pub id: i64,
+    /// The scan.
+    pub task: String,
+    /// On which endpoint.
+    pub endpoint: String,
+    /// Escaped path.
+    pub path: String,
+    /// Exact bytes of the path.
+    pub path_b64: String,
+    /// Escaped names of the member, outermost first.
+    pub member: Vec<String>,
+    /// The pattern's name.
+    pub pattern: String,
+    /// The pattern's digest.
+    pub pattern_sha256: String,
+    /// The rule.
+    pub rule: String,
+    /// Digest of the file on disk.
+    pub sha256: String,
+    /// Size of the file on disk.
+    pub size: u64,
+    /// When it was found, by the agent's clock.
+    pub found_at: String,
+}

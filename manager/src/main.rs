@@ -1,0 +1,3 @@
+//! Under construction.
+mod store;
+fn main() {}

@@ -1,0 +1,187 @@
+//! The only room that knows SQL. One SQL text serves SQLite and PostgreSQL; one method is one use case.
+//!
+//! Statements use `$1` placeholders and nothing that only one engine has; sums are cast to BIGINT (the
+//! engines differ in the type of `SUM`). Reads go to a pool, writes through one transaction at a time on
+//! SQLite (`BEGIN IMMEDIATE`, so that a reader never turns into a writer half-way) and through row locks
+//! on PostgreSQL.
+//!
+//! **Invariant:** an order and its audit record are written in one transaction, or not at all.
+//! **Invariant:** what is acknowledged to anybody has been committed with `synchronous=FULL`.
+
+pub(crate) mod audit;
+
+use std::{str::FromStr as _, time::Duration};
+
+use sqlx::{
+    Any, AnyPool, Executor as _, Transaction,
+    any::{AnyConnectOptions, AnyPoolOptions},
+};
+
+/// Connections for reading. SQLite's readers do not wait for its writer (WAL).
+const READERS: u32 = 4;
+/// How long a statement waits for another process's lock, then for a connection of the pool.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("src/store/migrations");
+
+/// The manager's memory.
+#[derive(Debug, Clone)]
+pub(crate) struct Store {
+    engine: Engine,
+    read: AnyPool,
+    write: AnyPool,
+}
+
+/// Which database is behind the pools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Engine {
+    Sqlite,
+    Postgres,
+}
+
+/// A transaction that may write.
+pub(crate) type Tx = Transaction<'static, Any>;
+
+/// Why the store did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    #[error("cannot use the database address `{0}` (sqlite:… or postgres:… is expected)")]
+    Address(String),
+    #[error("cannot open the database")]
+    Open(#[source] sqlx::Error),
+    #[error("cannot bring the database up to this version's schema")]
+    Migrate(#[source] sqlx::migrate::MigrateError),
+    #[error("cannot {what}")]
+    Query { what: &'static str, source: sqlx::Error },
+    #[error("the database holds a {what} that this version cannot read: {value}")]
+    Content { what: &'static str, value: String },
+}
+
+impl StoreError {
+    /// For `map_err`: names what was tried.
+    pub(crate) fn query(what: &'static str) -> impl FnOnce(sqlx::Error) -> Self {
+        move |source| Self::Query { what, source }
+    }
+
+    /// A stored value that does not parse.
+    pub(crate) fn content(what: &'static str, value: impl Into<String>) -> Self {
+        Self::Content { what, value: value.into() }
+    }
+
+    /// Whether trying again later may help (locked, out of connections, connection lost).
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Open(source) | Self::Query { source, .. } => match source {
+                sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed => true,
+                // SQLITE_BUSY, SQLITE_FULL and friends; PostgreSQL class 53 and 57.
+                other => other.as_database_error().and_then(|e| e.code()).is_some_and(|code| {
+                    matches!(code.as_ref(), "5" | "13" | "261" | "517")
+                        || code.starts_with("53")
+                        || code.starts_with("57")
+                }),
+            },
+            Self::Address(_) | Self::Migrate(_) | Self::Content { .. } => false,
+        }
+    }
+}
+
+impl Store {
+    /// Opens the database at `url` (`sqlite:PATH` or `postgres://…`), creating an SQLite file and the
+    /// schema where they are missing.
+    ///
+    /// # Errors
+    /// If the address is not one, the database cannot be reached, or its schema cannot be brought up to date.
+    pub(crate) async fn open(url: &str) -> Result<Self, StoreError> {
+        sqlx::any::install_default_drivers();
+        let engine = match url.split(':').next() {
+            Some("sqlite") => Engine::Sqlite,
+            Some("postgres" | "postgresql") => Engine::Postgres,
+            _ => return Err(StoreError::Address(url.split('@').next_back().unwrap_or_default().to_owned())),
+        };
+        let address = match engine {
+            Engine::Sqlite if !url.contains('?') => format!("{url}?mode=rwc"),
+            Engine::Sqlite | Engine::Postgres => url.to_owned(),
+        };
+        let options = AnyConnectOptions::from_str(&address).map_err(StoreError::Open)?;
+        let pool = |size| {
+            AnyPoolOptions::new().max_connections(size).acquire_timeout(PATIENCE).after_connect(
+                move |connection, _| {
+                    Box::pin(async move {
+                        if engine == Engine::Sqlite {
+                            connection.execute("PRAGMA busy_timeout = 10000").await?;
+                            connection.execute("PRAGMA journal_mode = WAL").await?;
+                            connection.execute("PRAGMA synchronous = FULL").await?;
+                            connection.execute("PRAGMA foreign_keys = ON").await?;
+                        }
+                        Ok(())
+                    })
+                },
+            )
+        };
+        let write = match engine {
+            Engine::Sqlite => pool(1).connect_with(options.clone()).await.map_err(StoreError::Open)?,
+            Engine::Postgres => {
+                pool(READERS).connect_with(options.clone()).await.map_err(StoreError::Open)?
+            }
+        };
+        MIGRATIONS.run(&write).await.map_err(StoreError::Migrate)?;
+        let read = match engine {
+            Engine::Sqlite => pool(READERS).connect_with(options).await.map_err(StoreError::Open)?,
+            Engine::Postgres => write.clone(),
+        };
+        Ok(Self { engine, read, write })
+    }
+
+    /// The pool for statements that only read.
+    pub(crate) fn reader(&self) -> &AnyPool {
+        &self.read
+    }
+
+    /// Begins a transaction that may write. On SQLite it is the only one until it ends.
+    ///
+    /// # Errors
+    /// If the database is locked or out of reach for longer than ten seconds.
+    pub(crate) async fn begin(&self) -> Result<Tx, StoreError> {
+        let statement = match self.engine {
+            Engine::Sqlite => "BEGIN IMMEDIATE",
+            Engine::Postgres => "BEGIN",
+        };
+        self.write.begin_with(statement).await.map_err(StoreError::query("begin a transaction"))
+    }
+
+    /// Commits, durably.
+    ///
+    /// # Errors
+    /// If the database cannot; nothing of the transaction has then happened.
+    pub(crate) async fn commit(tx: Tx) -> Result<(), StoreError> {
+        tx.commit().await.map_err(StoreError::query("commit"))
+    }
+
+    /// Lets running statements end and closes every connection.
+    pub(crate) async fn close(&self) {
+        self.read.close().await;
+        self.write.close().await;
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A store on a file of its own. The folder lives as long as the guard.
+    pub(crate) async fn scratch() -> (Store, tempfile::TempDir) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let url = format!("sqlite:{}", folder.path().join("store.db").display());
+        (Store::open(&url).await.expect("a fresh store opens"), folder)
+    }
+
+    #[tokio::test]
+    async fn a_store_opens_twice_and_refuses_other_addresses() {
+        let (store, folder) = scratch().await;
+        store.close().await;
+        Store::open(&format!("sqlite:{}", folder.path().join("store.db").display())).await.unwrap();
+        assert!(
+            matches!(Store::open("mysql://user:secret@host/db").await, Err(StoreError::Address(a)) if a == "host/db")
+        );
+    }
+}

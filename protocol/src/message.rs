@@ -1,0 +1,342 @@
+//! What agents and managers say to each other on the control channel.
+//!
+//! One struct per type number. A released struct never changes: a new need gets a new number, and an enum
+//! inside a body grows only at its end. Golden bytes of every type are fixtures (`tests/fixtures/wire`).
+
+use bincode::{Decode, Encode};
+use bytes::BytesMut;
+
+use crate::{
+    address::Address,
+    frame::{self, Frame, FrameError},
+    ids::{EndpointId, ManagerId, StreamId, TaskId},
+    report::{Coverage, Detection, Failure},
+    task::TaskSpec,
+};
+
+macro_rules! messages {
+    ($(#[$doc:meta])* $enum:ident { $($number:literal $name:ident <= $limit:expr;)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        pub enum $enum {
+            $(#[doc = concat!("Type number ", stringify!($number), ".")] $name($name),)*
+        }
+
+        impl $enum {
+            /// Longest body of a type number, in bytes; `None` if this side knows no such type.
+            pub fn limit(kind: u16) -> Option<usize> {
+                match kind {
+                    $($number => Some($limit),)*
+                    _ => None,
+                }
+            }
+
+            /// Decodes a frame; `Ok(None)` for a type that this build does not know, which is skipped.
+            ///
+            /// # Errors
+            /// If the body is not a message of its type.
+            pub fn decode(frame: &Frame) -> Result<Option<Self>, FrameError> {
+                match frame.kind {
+                    $($number => frame::decode(frame.kind, &frame.body).map(|m| Some(Self::$name(m))),)*
+                    _ => Ok(None),
+                }
+            }
+
+            /// Appends this message, as a frame, to `buffer`.
+            ///
+            /// # Errors
+            /// If it is longer than its type allows.
+            pub fn encode(&self, buffer: &mut BytesMut) -> Result<(), FrameError> {
+                match self {
+                    $(Self::$name(m) => frame::put($number, $limit, m, buffer),)*
+                }
+            }
+
+            /// The type numbers of this enum, for the tests that walk them all.
+            pub const NUMBERS: &[u16] = &[$($number),*];
+        }
+
+        $(impl From<$name> for $enum {
+            fn from(message: $name) -> Self {
+                Self::$name(message)
+            }
+        })*
+    };
+}
+
+const KIB: usize = 1024;
+
+messages! {
+    /// What an agent may say.
+    ToManager {
+        1 Hello <= 4 * KIB;
+        2 Inventory <= 64 * KIB;
+        3 Ping <= 16;
+        4 Pong <= 16;
+        5 Report <= 256 * KIB;
+        6 Progress <= 8 * KIB;
+        7 EnrollRequest <= 16 * KIB;
+    }
+}
+
+messages! {
+    /// What a manager may say.
+    ToAgent {
+        101 Welcome <= 16 * KIB;
+        102 Ping <= 16;
+        103 Pong <= 16;
+        104 Assign <= 256 * KIB;
+        105 ReportStored <= 64;
+        106 Goodbye <= 4 * KIB;
+        107 EnrollReply <= 32 * KIB;
+        108 Cancel <= 64;
+    }
+}
+
+/// The agent's first message.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Hello {
+    /// Lowest protocol version the agent accepts.
+    pub min_version: u8,
+    /// Highest protocol version the agent speaks.
+    pub max_version: u8,
+    /// The program's version (`0.1.0`).
+    pub agent_version: String,
+    /// Changes with each boot of the machine (`/proc/sys/kernel/random/boot_id`).
+    pub boot_id: String,
+    /// Drawn once per start of the agent: tells a reconnect from a second copy.
+    pub process_nonce: u64,
+    /// `TaskKind::number` of each kind of task the agent can do.
+    pub task_kinds: Vec<u16>,
+    /// The series that this agent's reports are numbered in.
+    pub stream: StreamId,
+    /// The agent's clock, in milliseconds since 1970.
+    pub clock_ms: i64,
+    /// Why the last attempts to connect failed, if they did.
+    pub last_failure: Option<Failure>,
+}
+
+/// The manager's answer to [`Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Welcome {
+    /// The version both will speak.
+    pub version: u8,
+    /// Who answers.
+    pub manager: ManagerId,
+    /// The manager's program version.
+    pub manager_version: String,
+    /// The manager's clock, in milliseconds since 1970.
+    pub clock_ms: i64,
+    /// How often each side pings, in milliseconds; silence of twice that long ends the session.
+    pub heartbeat_ms: u32,
+    /// Every address of the fleet's managers, in order of preference.
+    pub addresses: Vec<Address>,
+    /// The highest report number of the agent's stream that is stored here; 0 if none.
+    pub stored_through: u64,
+}
+
+/// The endpoint's facts, sent after [`Welcome`] and whenever they change.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Inventory {
+    /// Host name.
+    pub host: String,
+    /// Name and version of the operating system (`Debian GNU/Linux 12`).
+    pub os: String,
+    /// Kernel release.
+    pub kernel: String,
+    /// Machine architecture (`x86_64`).
+    pub arch: String,
+    /// CPU model.
+    pub cpu: String,
+    /// Number of logical processors.
+    pub cpus: u32,
+    /// Physical memory, in bytes.
+    pub memory: u64,
+    /// Mounted local file systems.
+    pub disks: Vec<Disk>,
+    /// IP addresses of all interfaces but loopback, as text.
+    pub addresses: Vec<String>,
+    /// As in [`Hello`].
+    pub boot_id: String,
+    /// As in [`Hello`].
+    pub agent_version: String,
+}
+
+/// One mounted file system.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, serde::Serialize, serde::Deserialize)]
+pub struct Disk {
+    /// Where it is mounted.
+    pub mount: String,
+    /// Its type (`ext4`).
+    pub filesystem: String,
+    /// Its size, in bytes.
+    pub total: u64,
+}
+
+/// "Are you there?"; either side may ask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Ping {
+    /// Comes back in [`Pong`].
+    pub nonce: u64,
+}
+
+/// "I am."
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Pong {
+    /// From the [`Ping`] it answers.
+    pub nonce: u64,
+}
+
+/// Something the manager must store. Sent again after each reconnect until [`ReportStored`] covers it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Report {
+    /// Its number in the agent's stream; the first is 1, none is left out.
+    pub sequence: u64,
+    /// When it was made, in milliseconds since 1970 by the agent's clock.
+    pub at_ms: i64,
+    /// What it says.
+    pub body: ReportBody,
+}
+
+/// What a report says. Variants are only ever added at the end.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ReportBody {
+    /// The task is noted here and will be begun.
+    Accepted {
+        /// Which.
+        task: TaskId,
+    },
+    /// The task is being carried out.
+    Started {
+        /// Which.
+        task: TaskId,
+    },
+    /// The agent will not carry the task out.
+    Refused {
+        /// Which.
+        task: TaskId,
+        /// Why.
+        failure: Failure,
+    },
+    /// Part of a scan's findings.
+    Detections {
+        /// Which scan.
+        task: TaskId,
+        /// At most what fits one frame.
+        detections: Vec<Detection>,
+    },
+    /// The task has ended.
+    Finished {
+        /// Which.
+        task: TaskId,
+        /// How.
+        outcome: Outcome,
+    },
+}
+
+/// How a task ended. Variants are only ever added at the end.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Outcome {
+    /// A scan went through; its detections have been reported before this.
+    Scanned(Coverage),
+    /// It could not be done.
+    Failed(Failure),
+    /// It was called off; a scan says what it had looked at by then.
+    Cancelled(Option<Coverage>),
+    /// It was not begun in time.
+    Expired,
+}
+
+/// How far a task is; sent at most once a second, never stored before it is sent, lost without harm.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Progress {
+    /// Which.
+    pub task: TaskId,
+    /// Files looked at.
+    pub files: u64,
+    /// Bytes of those files.
+    pub bytes: u64,
+    /// Detections so far.
+    pub detections: u64,
+    /// Skips so far.
+    pub skipped: u64,
+}
+
+/// An order. The agent answers with reports.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Assign {
+    /// Names the order; the same id is never carried out twice.
+    pub task: TaskId,
+    /// For whom. An agent refuses a task that names another endpoint.
+    pub endpoint: EndpointId,
+    /// What to do.
+    pub spec: TaskSpec,
+    /// How long the task may still wait to be begun, in milliseconds from now.
+    pub expires_in_ms: u64,
+    /// How long it may run once begun, in milliseconds.
+    pub deadline_ms: u64,
+    /// Who ordered it.
+    pub issuer: String,
+    /// Why, in the issuer's words.
+    pub reason: String,
+}
+
+/// Calls a task off.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Cancel {
+    /// Which.
+    pub task: TaskId,
+}
+
+/// Every report up to and including this number is in the manager's store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct ReportStored {
+    /// The highest number stored without a gap.
+    pub through: u64,
+}
+
+/// Why the manager ends the connection.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Goodbye {
+    /// The reason.
+    pub failure: Failure,
+    /// How long to wait before the next attempt, in milliseconds; 0 leaves it to the agent.
+    pub retry_after_ms: u32,
+}
+
+/// A new agent asks to be let in (`tm-enroll/1` only).
+#[derive(Clone, PartialEq, Eq, Encode, Decode)]
+pub struct EnrollRequest {
+    /// From the enrollment token.
+    pub secret: [u8; 32],
+    /// PKCS #10 request (DER) for a key made on the endpoint. Names in it are ignored.
+    pub csr: Vec<u8>,
+    /// The endpoint's host name, a label.
+    pub host: String,
+    /// The program's version.
+    pub agent_version: String,
+}
+
+impl std::fmt::Debug for EnrollRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EnrollRequest").field("host", &self.host).finish_non_exhaustive()
+    }
+}
+
+/// The answer to [`EnrollRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum EnrollReply {
+    /// Let in.
+    Enrolled {
+        /// Who the agent is from now on.
+        endpoint: EndpointId,
+        /// Its certificate (DER).
+        certificate: Vec<u8>,
+        /// The CA certificate (DER); the agent checks it against the token's digest.
+        ca: Vec<u8>,
+        /// Every address of the fleet's managers.
+        addresses: Vec<Address>,
+    },
+    /// Not let in.
+    Refused(Failure),
+}

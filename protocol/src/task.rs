@@ -1,0 +1,214 @@
+//! Tasks: one order for one endpoint, and the five words for how far it has come.
+
+use std::fmt;
+
+use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
+
+use crate::{ids::Sha256, report::PathBytes};
+
+/// What an endpoint is ordered to do. Variants are only ever added at the end.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum TaskSpec {
+    /// Look at files with patterns.
+    Scan(ScanSpec),
+}
+
+impl TaskSpec {
+    /// The kind's word, in every output and in the store.
+    pub fn kind(&self) -> TaskKind {
+        match self {
+            Self::Scan(_) => TaskKind::Scan,
+        }
+    }
+}
+
+/// The kinds of task that this build knows. An agent lists its own in `Hello`; it is sent no other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskKind {
+    /// Look at files with patterns.
+    Scan,
+}
+
+impl TaskKind {
+    /// Every kind.
+    pub const ALL: [Self; 1] = [Self::Scan];
+
+    /// The number that stands for it in `Hello`.
+    pub const fn number(self) -> u16 {
+        match self {
+            Self::Scan => 1,
+        }
+    }
+
+    /// The word for it in every output and in the store.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Scan => "scan",
+        }
+    }
+}
+
+impl fmt::Display for TaskKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// A scan: where, with what, and how far.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ScanSpec {
+    /// Absolute paths of files and folders, at most [`ScanSpec::MAX_PATHS`].
+    pub paths: Vec<PathBytes>,
+    /// The patterns to look with, by digest; the agent fetches those it does not hold.
+    pub patterns: Vec<PatternRef>,
+    /// How far to go with one file.
+    pub limits: ScanLimits,
+}
+
+impl ScanSpec {
+    /// Most paths in one order.
+    pub const MAX_PATHS: usize = 256;
+    /// Longest path in an order, in bytes.
+    pub const MAX_PATH: usize = 4096;
+    /// Most patterns in one order.
+    pub const MAX_PATTERNS: usize = 256;
+}
+
+/// Names a pattern by its content.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct PatternRef {
+    /// SHA-256 of the pattern's bytes.
+    pub sha256: Sha256,
+    /// Its length, in bytes.
+    pub size: u64,
+    /// What people call it.
+    pub name: String,
+}
+
+/// Limits for one file and the tree of containers in it. A limit that is reached is a skip with the reason
+/// `limit` (or `timeout`), never silence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScanLimits {
+    /// Largest file that rules are run on, in bytes.
+    pub file_bytes: u64,
+    /// How many containers deep to look; 0 reads containers raw only.
+    pub depth: u32,
+    /// Most members in the whole tree of one file.
+    pub members: u32,
+    /// Largest member, unpacked, in bytes.
+    pub member_bytes: u64,
+    /// Most unpacked bytes in the whole tree of one file.
+    pub total_bytes: u64,
+    /// Largest unpacked : packed ratio of one member.
+    pub ratio: u32,
+    /// Longest time for one file, in milliseconds.
+    pub file_ms: u64,
+}
+
+impl Default for ScanLimits {
+    fn default() -> Self {
+        Self {
+            file_bytes: 1 << 30,
+            depth: 8,
+            members: 10_000,
+            member_bytes: 256 << 20,
+            total_bytes: 1 << 30,
+            ratio: 1000,
+            file_ms: 120_000,
+        }
+    }
+}
+
+/// How far a task has come. `Done` is said only when the effect was checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskState {
+    /// Stored on the manager.
+    Queued,
+    /// Accepted by the agent.
+    Delivered,
+    /// Being carried out.
+    Running,
+    /// Carried out and checked.
+    Done,
+    /// Not carried out, or not known to be; a code says why.
+    Failed,
+    /// Called off by a person.
+    Cancelled,
+    /// Not begun in time.
+    Expired,
+    /// The agent or the manager would not do it; a code says why.
+    Refused,
+}
+
+impl TaskState {
+    /// Every state.
+    pub const ALL: [Self; 8] = [
+        Self::Queued,
+        Self::Delivered,
+        Self::Running,
+        Self::Done,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Expired,
+        Self::Refused,
+    ];
+
+    /// The word for it in every output and in the store.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Delivered => "delivered",
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Expired => "expired",
+            Self::Refused => "refused",
+        }
+    }
+
+    /// Reads [`TaskState::word`] back.
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.word() == word)
+    }
+
+    /// Whether nothing can follow.
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Done | Self::Failed | Self::Cancelled | Self::Expired | Self::Refused)
+    }
+
+    /// Whether a task may go from `self` to `next`. A final state is never left, and none is re-entered.
+    pub const fn may_become(self, next: Self) -> bool {
+        match self {
+            Self::Queued => !matches!(next, Self::Queued),
+            Self::Delivered => !matches!(next, Self::Queued | Self::Delivered),
+            Self::Running => matches!(next, Self::Done | Self::Failed | Self::Cancelled),
+            Self::Done | Self::Failed | Self::Cancelled | Self::Expired | Self::Refused => false,
+        }
+    }
+}
+
+impl fmt::Display for TaskState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_only_move_forward_and_final_ones_stay() {
+        for from in TaskState::ALL {
+            assert_eq!(TaskState::from_word(from.word()), Some(from));
+            assert!(!from.may_become(from), "{from}");
+            assert!(!from.may_become(TaskState::Queued), "{from}");
+            assert_eq!(from.is_final(), TaskState::ALL.iter().all(|to| !from.may_become(*to)), "{from}");
+        }
+    }
+}
