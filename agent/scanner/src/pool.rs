@@ -1,11 +1,45 @@
 //! Keeps a worker process busy and outlives whatever happens to it.
+//!
+//! One supervisor thread owns the worker. When an item takes too long the worker is killed and that item,
+//! which its slot names, is reported as `timeout`. When a worker dies by itself, the items that its threads
+//! had in hand are suspects: each is tried once more, alone, and the one that ends a second worker is
+//! reported as `worker-died`. Everything else is given to a new worker.
+//!
+//! **Invariant:** every submitted item gets exactly one result, unless the pool is cancelled.
 
-use std::path::PathBuf;
+use std::{
+    collections::{HashMap, VecDeque},
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never, select_biased};
 use tm_patterns::{Pattern, Problem};
-use tm_protocol::task::ScanLimits;
+use tm_protocol::{report::SkipReason, task::ScanLimits};
 
-use crate::item::{Item, ItemResult};
+use crate::{
+    check::COMPILE_TIME,
+    item::{Findings, Item, ItemResult, Skip},
+    process::Worker,
+    wire::{self, Answer, BATCH, Order, Setup},
+};
+
+/// Items that wait for the supervisor; who submits more waits.
+const QUEUE: usize = 256;
+/// How often the worker's slots are looked at.
+const WATCH_MS: u64 = 100;
+const WATCH: Duration = Duration::from_millis(WATCH_MS);
+/// How much longer than its own limit an item may take before its worker is killed (the engine looks at
+/// its clock only now and then).
+const GRACE_MS: u64 = 1000;
+/// Workers that may die one after the other without a single item done before the rest is given up.
+const FRUITLESS: u32 = 3;
 
 /// The program to start as a worker: normally this very executable with its hidden `scan-worker` verb.
 #[derive(Debug, Clone)]
@@ -54,7 +88,20 @@ pub enum StartError {
 }
 
 /// A worker process and what it has in hand.
-pub struct ScanPool {}
+#[derive(Debug)]
+pub struct ScanPool {
+    items: Mutex<Option<Sender<Item>>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    cancelled: AtomicBool,
+    /// CPU time of workers that have ended.
+    past_cpu_ms: AtomicU64,
+    /// CPU time of the worker at work, as last seen.
+    cpu_ms: AtomicU64,
+}
 
 impl ScanPool {
     /// Starts a worker with `patterns` compiled in it. Results come out of the receiver, one for every item
@@ -63,31 +110,356 @@ impl ScanPool {
     /// # Errors
     /// If no worker starts or the patterns do not load.
     pub fn start(
-        _program: &WorkerProgram,
-        _patterns: &[Pattern],
-        _options: PoolOptions,
-    ) -> Result<(Self, crossbeam_channel::Receiver<ItemResult>), StartError> {
-        unimplemented!("written by the scanner room")
+        program: &WorkerProgram,
+        patterns: &[Pattern],
+        options: PoolOptions,
+    ) -> Result<(Self, Receiver<ItemResult>), StartError> {
+        let shared = Arc::new(Shared::default());
+        let (items, queue) = bounded(QUEUE);
+        let (results, receiver) = bounded(QUEUE);
+        let (started, first) = bounded(1);
+        let setup = Setup {
+            patterns: patterns.iter().map(|p| (p.sha256(), p.text().to_owned())).collect(),
+            limits: options.limits,
+            threads: options.threads.max(1),
+            nice: options.nice,
+        };
+        let names: Vec<String> = patterns.iter().map(|p| p.name().to_owned()).collect();
+        let (program, seen) = (program.clone(), Arc::clone(&shared));
+        // The worker asks the kernel to die with the thread that started it, so that thread stays.
+        let supervisor = move || match load(&program, &setup, &names) {
+            Ok(worker) => {
+                let _ = started.send(Ok(()));
+                Supervisor::new(program, setup, names, queue, results, seen).run(worker);
+            }
+            Err(error) => {
+                let _ = started.send(Err(error));
+            }
+        };
+        thread::Builder::new().name("scan-pool".to_owned()).spawn(supervisor).map_err(StartError::Start)?;
+        first.recv().unwrap_or(Err(StartError::Load("could not be watched")))?;
+        Ok((Self { items: Mutex::new(Some(items)), shared }, receiver))
     }
 
     /// Hands over one item; blocks while 256 wait. The caller must be draining results meanwhile. After
-    /// [`ScanPool::cancel`] items are dropped.
-    pub fn submit(&self, _item: Item) {
-        unimplemented!("written by the scanner room")
+    /// [`ScanPool::cancel`] or [`ScanPool::finish`] items are dropped.
+    pub fn submit(&self, item: Item) {
+        let sender = self.items.lock().ok().and_then(|items| items.clone());
+        if let Some(sender) = sender {
+            // It fails only when the pool was cancelled: nobody waits for a result then.
+            let _ = sender.send(item);
+        }
     }
 
     /// No more items will come; results keep coming until all are in.
     pub fn finish(&self) {
-        unimplemented!("written by the scanner room")
+        if let Ok(mut items) = self.items.lock() {
+            *items = None;
+        }
     }
 
     /// Kills the worker; the receiver ends soon. May be called from any thread.
     pub fn cancel(&self) {
-        unimplemented!("written by the scanner room")
+        self.shared.cancelled.store(true, Ordering::Release);
+        self.finish();
     }
 
     /// CPU time of all workers of this pool so far, user and system, in milliseconds.
     pub fn cpu_ms(&self) -> u64 {
-        unimplemented!("written by the scanner room")
+        self.shared.past_cpu_ms.load(Ordering::Acquire) + self.shared.cpu_ms.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for ScanPool {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+/// Starts a worker and waits until it has compiled its patterns.
+fn load(program: &WorkerProgram, setup: &Setup, names: &[String]) -> Result<Worker, StartError> {
+    let worker = Worker::start(program, setup).map_err(StartError::Start)?;
+    let error = match worker.answers.recv_timeout(COMPILE_TIME) {
+        Ok(Answer::Ready { .. }) => return Ok(worker),
+        Ok(Answer::Refused { pattern, problems }) => StartError::Refused {
+            name: names.get(pattern).cloned().unwrap_or_default(),
+            problems: problems.into_iter().map(Into::into).collect(),
+        },
+        Ok(Answer::Done { .. }) => StartError::Load("misbehaved"),
+        Err(RecvTimeoutError::Timeout) => StartError::Load("took too long"),
+        Err(RecvTimeoutError::Disconnected) => StartError::Load("died"),
+    };
+    worker.kill();
+    Err(error)
+}
+
+struct Supervisor {
+    program: WorkerProgram,
+    setup: Setup,
+    names: Vec<String>,
+    queue: Receiver<Item>,
+    results: Sender<ItemResult>,
+    shared: Arc<Shared>,
+    /// Taken from the queue (or from a dead worker), not yet sent.
+    waiting: VecDeque<Item>,
+    /// Sent and not answered.
+    out: HashMap<u64, OwnedFd>,
+    /// Had in hand by a worker that died; each is tried once more, alone.
+    suspects: VecDeque<Item>,
+    /// The suspect that is being tried.
+    solo: Option<u64>,
+    /// When the slots were last looked at, in milliseconds of the monotonic clock.
+    watched_ms: u64,
+    /// Workers that were started since the last item was done.
+    fruitless: u32,
+}
+
+/// What to do with the worker after a turn.
+enum Turn {
+    GoOn,
+    /// It has died or must: these items have had their last chance, with this reason.
+    Replace(Vec<u64>, SkipReason),
+    End,
+}
+
+impl Supervisor {
+    fn new(
+        program: WorkerProgram,
+        setup: Setup,
+        names: Vec<String>,
+        queue: Receiver<Item>,
+        results: Sender<ItemResult>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let (waiting, suspects, out) = (VecDeque::new(), VecDeque::new(), HashMap::new());
+        Self {
+            program,
+            setup,
+            names,
+            queue,
+            results,
+            shared,
+            waiting,
+            out,
+            suspects,
+            solo: None,
+            watched_ms: 0,
+            fruitless: 0,
+        }
+    }
+
+    fn run(mut self, mut worker: Worker) {
+        loop {
+            match self.turn(&worker) {
+                Turn::GoOn => {}
+                Turn::End => {
+                    worker.close();
+                    let idle = self.out.is_empty() && !self.shared.cancelled.load(Ordering::Acquire);
+                    let cpu = if idle { worker.reap() } else { worker.kill() };
+                    return self.past(cpu);
+                }
+                Turn::Replace(lost, reason) => {
+                    let in_hand: Vec<u64> = worker.busy().into_iter().map(|(id, _)| id).collect();
+                    // Answers that were on their way count: only what has none is tried again.
+                    let answers = worker.answers.clone();
+                    let cpu = worker.kill();
+                    for answer in answers {
+                        self.take(answer);
+                    }
+                    self.past(cpu);
+                    self.sort_out(&lost, reason, &in_hand);
+                    if reason == SkipReason::Timeout {
+                        self.fruitless = 0;
+                    }
+                    match self.replacement() {
+                        Some(new) => worker = new,
+                        None => return self.give_up(),
+                    }
+                }
+            }
+        }
+    }
+
+    fn turn(&mut self, worker: &Worker) -> Turn {
+        if self.shared.cancelled.load(Ordering::Acquire) {
+            return Turn::End;
+        }
+        self.fill(worker);
+        let alone = !self.suspects.is_empty() || self.trying_alone();
+        let room = !alone && self.waiting.len() < BATCH;
+        let closed = never();
+        let queue = if room { &self.queue } else { &closed };
+        select_biased! {
+            recv(worker.answers) -> answer => match answer {
+                Ok(answer) => self.take(answer),
+                Err(_) => return Turn::Replace(self.solo_suspect(), SkipReason::WorkerDied),
+            },
+            recv(queue) -> item => match item {
+                Ok(item) => {
+                    self.waiting.push_back(item);
+                    // What else is there goes along in the same message.
+                    while self.waiting.len() < BATCH && let Ok(item) = self.queue.try_recv() {
+                        self.waiting.push_back(item);
+                    }
+                }
+                // The queue has ended: all that is left is in hand.
+                Err(_) if self.out.is_empty() && self.waiting.is_empty() && self.suspects.is_empty() => return Turn::End,
+                Err(_) => return self.watch(worker, Some(worker.answers.recv_timeout(WATCH))),
+            },
+            default(WATCH) => {}
+        }
+        self.watch(worker, None)
+    }
+
+    /// Looks for items that have taken too long.
+    fn watch(&mut self, worker: &Worker, answer: Option<Result<Answer, RecvTimeoutError>>) -> Turn {
+        match answer {
+            Some(Ok(answer)) => self.take(answer),
+            Some(Err(RecvTimeoutError::Disconnected)) => {
+                return Turn::Replace(self.solo_suspect(), SkipReason::WorkerDied);
+            }
+            Some(Err(RecvTimeoutError::Timeout)) | None => {}
+        }
+        let now = wire::monotonic_ms();
+        if now.saturating_sub(self.watched_ms) < WATCH_MS {
+            return Turn::GoOn;
+        }
+        self.watched_ms = now;
+        self.shared.cpu_ms.store(worker.cpu_ms(), Ordering::Release);
+        let limit = self.setup.limits.file_ms.saturating_add(GRACE_MS);
+        let late: Vec<u64> = worker
+            .busy()
+            .into_iter()
+            .filter(|(id, started)| self.out.contains_key(id) && now.saturating_sub(*started) > limit)
+            .map(|(id, _)| id)
+            .collect();
+        if late.is_empty() { Turn::GoOn } else { Turn::Replace(late, SkipReason::Timeout) }
+    }
+
+    /// Sends what may be sent: suspects one at a time, others in batches that keep every thread busy.
+    fn fill(&mut self, worker: &Worker) {
+        if self.trying_alone() {
+            return;
+        }
+        if !self.suspects.is_empty() {
+            if self.out.is_empty()
+                && let Some(item) = self.suspects.front()
+            {
+                let sent = worker.send(&Order::Items(vec![item.id]), &[item.file.as_fd()]);
+                // A send fails when the worker is gone; its closed pipe says so in the next turn.
+                if sent.is_ok()
+                    && let Some(item) = self.suspects.pop_front()
+                {
+                    self.alone(item);
+                }
+            }
+            return;
+        }
+        let most = (self.setup.threads + 1) * BATCH / 2;
+        while !self.waiting.is_empty() && self.out.len() < most {
+            // Small rounds while few items wait, so that no thread idles beside a full batch of another.
+            let share = (self.waiting.len() / self.setup.threads).clamp(1, BATCH);
+            let batch: Vec<Item> = self.waiting.drain(..share).collect();
+            let ids = batch.iter().map(|item| item.id).collect();
+            let files: Vec<_> = batch.iter().map(|item| item.file.as_fd()).collect();
+            let sent = worker.send(&Order::Items(ids), &files);
+            drop(files);
+            self.out.extend(batch.into_iter().map(|item| (item.id, item.file)));
+            if sent.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn alone(&mut self, item: Item) {
+        self.solo = Some(item.id);
+        self.out.insert(item.id, item.file);
+    }
+
+    fn trying_alone(&self) -> bool {
+        self.solo.is_some()
+    }
+
+    /// The item that the worker had all to itself, if there was one.
+    fn solo_suspect(&self) -> Vec<u64> {
+        self.solo.into_iter().collect()
+    }
+
+    fn take(&mut self, answer: Answer) {
+        match answer {
+            Answer::Done { id, findings } => self.done(id, findings),
+            // A worker that says this again has lost its mind; what it owes is missed by the watch.
+            Answer::Ready { .. } | Answer::Refused { .. } => {}
+        }
+    }
+
+    fn done(&mut self, id: u64, findings: Findings) {
+        // Only what was asked is believed, and only once.
+        if self.out.remove(&id).is_some() {
+            self.fruitless = 0;
+            self.tell(id, findings);
+        }
+    }
+
+    fn tell(&mut self, id: u64, findings: Findings) {
+        if self.solo == Some(id) {
+            self.solo = None;
+        }
+        // The receiver is gone only when nobody wants results any more.
+        let _ = self.results.send(ItemResult { id, findings });
+    }
+
+    fn lose(&mut self, id: u64, reason: SkipReason) {
+        self.tell(id, Findings { skips: vec![Skip { member: Vec::new(), reason }], ..Findings::default() });
+    }
+
+    /// After a worker's end: reports what had its last chance, and queues the rest again.
+    fn sort_out(&mut self, lost: &[u64], reason: SkipReason, in_hand: &[u64]) {
+        for id in lost {
+            if self.out.remove(id).is_some() {
+                self.lose(*id, reason);
+            }
+        }
+        let timed_out = reason == SkipReason::Timeout;
+        for (id, file) in std::mem::take(&mut self.out) {
+            // A worker that was killed for one late item says nothing against its other threads' items.
+            if in_hand.contains(&id) && !timed_out {
+                self.suspects.push_back(Item { id, file });
+            } else {
+                self.waiting.push_back(Item { id, file });
+            }
+        }
+        self.solo = None;
+    }
+
+    fn replacement(&mut self) -> Option<Worker> {
+        while self.fruitless < FRUITLESS && !self.shared.cancelled.load(Ordering::Acquire) {
+            self.fruitless += 1;
+            match load(&self.program, &self.setup, &self.names) {
+                Ok(worker) => return Some(worker),
+                Err(error) => tracing::warn!(error = %error, "Cannot replace a scan worker."),
+            }
+        }
+        None
+    }
+
+    /// No worker lives long enough: whatever is left or still comes is reported, so that nobody waits for ever.
+    fn give_up(&mut self) {
+        let left = self.waiting.drain(..).chain(self.suspects.drain(..)).collect::<Vec<_>>();
+        for item in left {
+            self.lose(item.id, SkipReason::WorkerDied);
+        }
+        while !self.shared.cancelled.load(Ordering::Acquire) {
+            match self.queue.recv_timeout(WATCH) {
+                Ok(item) => self.lose(item.id, SkipReason::WorkerDied),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn past(&self, cpu_ms: u64) {
+        self.shared.cpu_ms.store(0, Ordering::Release);
+        self.shared.past_cpu_ms.fetch_add(cpu_ms, Ordering::AcqRel);
     }
 }

@@ -1,0 +1,135 @@
+//! One worker process, seen from its parent: started, spoken to, ended.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, IoSlice, Write as _},
+    mem::MaybeUninit,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    process::{Child, Command, Stdio},
+    thread,
+};
+
+use crossbeam_channel::{Receiver, bounded};
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    net::{
+        AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+        sendmsg, socketpair,
+    },
+};
+
+use crate::{
+    pool::WorkerProgram,
+    wire::{self, Answer, BATCH, Order, Setup, Slots},
+};
+
+/// Answers that wait for the parent; a worker that is further ahead waits in its pipe.
+const ANSWERS: usize = 1024;
+
+/// A running worker.
+pub(crate) struct Worker {
+    child: Child,
+    socket: Option<OwnedFd>,
+    /// Its answers; ends when it has died or closed its pipe.
+    pub(crate) answers: Receiver<Answer>,
+    /// What its threads have in hand.
+    pub(crate) slots: Slots,
+    threads: usize,
+}
+
+impl Worker {
+    /// Starts a worker and gives it its patterns; its first answer tells what it makes of them.
+    pub(crate) fn start(program: &WorkerProgram, setup: &Setup) -> io::Result<Self> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let mut setup_file = File::from(memfd_create("tm-scan-setup", MemfdFlags::CLOEXEC)?);
+        setup_file.write_all(&wire::encode(setup)?)?;
+        let slots = File::from(memfd_create("tm-scan-slots", MemfdFlags::CLOEXEC)?);
+        slots.set_len(u64::try_from(setup.threads).map_err(io::Error::other)?.saturating_mul(16))?;
+
+        let mut child = Command::new(&program.path)
+            .args(&program.args)
+            .env_clear()
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()?;
+        let stdout = child.stdout.take().expect("the worker's standard output is a pipe");
+        let (sender, answers) = bounded(ANSWERS);
+        thread::Builder::new().name("scan-answers".to_owned()).spawn(move || {
+            let mut stdout = BufReader::new(stdout);
+            while let Ok(answer) = wire::read_answer(&mut stdout) {
+                if sender.send(answer).is_err() {
+                    break;
+                }
+            }
+        })?;
+        let worker = Self { child, socket: Some(ours), answers, slots: Slots(slots), threads: setup.threads };
+        worker.send(&Order::Setup, &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
+        Ok(worker)
+    }
+
+    /// Sends one order with the files beside it (at most [`BATCH`]).
+    pub(crate) fn send(&self, order: &Order, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let socket = self.socket.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
+        let body = wire::encode(order)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
+        loop {
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !control.push(SendAncillaryMessage::ScmRights(files)) {
+                return Err(io::Error::other("too many files in one message"));
+            }
+            match sendmsg(socket, &[IoSlice::new(&body)], &mut control, SendFlags::NOSIGNAL) {
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Item and start (milliseconds of the monotonic clock) of every busy thread.
+    pub(crate) fn busy(&self) -> Vec<(u64, u64)> {
+        self.slots.busy(self.threads)
+    }
+
+    /// CPU time so far, user and system, in milliseconds.
+    pub(crate) fn cpu_ms(&self) -> u64 {
+        process_cpu_ms(self.child.id()).unwrap_or(0)
+    }
+
+    /// Lets it end by itself once it has answered everything.
+    pub(crate) fn close(&mut self) {
+        self.socket = None;
+    }
+
+    /// Ends it now and returns the CPU time it took, in milliseconds.
+    pub(crate) fn kill(mut self) -> u64 {
+        // The process is a child that has not been waited for: the number cannot belong to another one.
+        let _ = self.child.kill();
+        self.reap()
+    }
+
+    /// Waits for its end (its answers have ended) and returns the CPU time it took, in milliseconds.
+    pub(crate) fn reap(&mut self) -> u64 {
+        self.socket = None;
+        // A zombie still shows its times; once it is waited for they are gone.
+        let id = rustix::process::Pid::from_child(&self.child);
+        let _ = rustix::process::waitid(
+            rustix::process::WaitId::Pid(id),
+            rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
+        );
+        let cpu_ms = self.cpu_ms();
+        let _ = self.child.wait();
+        cpu_ms
+    }
+}
+
+/// Fields 14 and 15 of `/proc/PID/stat` (proc(5)): user and system time in clock ticks.
+fn process_cpu_ms(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, a name in parentheses, may hold blanks and parentheses itself.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ').skip(11);
+    let ticks = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
+    Some(ticks * 1000 / rustix::param::clock_ticks_per_second().max(1))
+}
