@@ -1,2 +1,15 @@
-//! Under construction.
-fn main() {}
+//! `tm-agent`: the program on every endpoint.
+
+mod cli;
+mod connection;
+mod daemon;
+mod enroll;
+mod paths;
+mod platform;
+mod scan;
+mod tasks;
+mod tls;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

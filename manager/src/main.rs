@@ -1,3 +1,15 @@
-//! Under construction.
+//! `tm-manager`: decides, queues, stores, shows.
+
+mod access;
+mod agents;
+mod cli;
+mod config;
+mod dispatch;
+mod http;
+mod patterns;
+mod server;
 mod store;
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

@@ -1,1 +1,30 @@
-fn main() {}
+//! What the system promises, tried on the real programs.
+//!
+//! Every test has a control: it shows first that what it will find missing would have been seen.
+
+mod enroll;
+mod hostile;
+mod names;
+mod roles;
+mod scan;
+mod session;
+mod skeleton;
+mod standalone;
+
+use std::collections::BTreeSet;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde_json::Value;
+
+/// What a detection says, as exact bytes of the path and the names of the member.
+fn path_and_member(detection: &Value) -> (Vec<u8>, Vec<String>) {
+    let path = detection["path_b64"].as_str().expect("every detection has its exact path");
+    let path = STANDARD.decode(path).expect("it is base64");
+    let member = detection["member"].as_array().into_iter().flatten();
+    (path, member.filter_map(|name| name.as_str().map(str::to_owned)).collect())
+}
+
+/// The paths of detections, without members.
+fn paths(detections: &[Value]) -> BTreeSet<Vec<u8>> {
+    detections.iter().map(|detection| path_and_member(detection).0).collect()
+}

@@ -19,7 +19,9 @@ use std::{
     time::Duration,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never, select_biased};
+use crossbeam_channel::{
+    Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, never, select_biased,
+};
 use tm_patterns::{Pattern, Problem};
 use tm_protocol::{report::SkipReason, task::ScanLimits};
 
@@ -405,8 +407,14 @@ impl Supervisor {
         if self.solo == Some(id) {
             self.solo = None;
         }
-        // The receiver is gone only when nobody wants results any more.
-        let _ = self.results.send(ItemResult { id, findings });
+        let mut result = ItemResult { id, findings };
+        // A caller that does not take results can still cancel; one that has dropped the receiver wants none.
+        while !self.shared.cancelled.load(Ordering::Acquire) {
+            match self.results.send_timeout(result, WATCH) {
+                Ok(()) | Err(SendTimeoutError::Disconnected(_)) => return,
+                Err(SendTimeoutError::Timeout(back)) => result = back,
+            }
+        }
     }
 
     fn lose(&mut self, id: u64, reason: SkipReason) {

@@ -36,6 +36,11 @@ const ADDRESS_SPACE: u64 = 8 << 30;
 
 /// Runs the worker on the socket that stands at standard input. Ends when the parent does.
 pub fn main() -> ExitCode {
+    // One thread's panic ends the process at once: its item is tried again instead of waiting for its time.
+    std::panic::set_hook(Box::new(|panic| {
+        let _ = writeln!(io::stderr(), "scan worker: {panic}");
+        std::process::abort();
+    }));
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -79,7 +84,13 @@ fn run() -> io::Result<()> {
             .map(|thread| {
                 let (socket, out, slots, engine, limits) =
                     (&socket, &out, &slots, engine.clone(), &setup.limits);
-                scope.spawn(move || serve(thread, socket, out, slots, engine, limits))
+                scope.spawn(move || {
+                    serve(thread, socket, out, slots, engine, limits).inspect_err(|error| {
+                        // The rest of its batch has nobody else: the pool must see an end, not a gap.
+                        let _ = writeln!(io::stderr(), "scan worker: {error}");
+                        std::process::exit(1);
+                    })
+                })
             })
             .collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| std::process::abort()))

@@ -2,13 +2,22 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot set itself up must fail")]
 
-use std::{fs::File, io::Write as _, path::PathBuf, time::Duration};
+use std::{
+    fs::File,
+    io::Write as _,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use tm_patterns::Pattern;
-use tm_protocol::{report::SkipReason, task::ScanLimits};
+use tm_protocol::{
+    ids::Sha256,
+    report::{PathBytes, SkipReason},
+    task::ScanLimits,
+};
 use tm_scanner::{
     check::{self, CheckError},
-    item::{Item, ItemResult},
+    item::{Item, ItemResult, Match, Skip},
     pool::{PoolOptions, ScanPool, StartError, WorkerProgram},
 };
 
@@ -18,7 +27,13 @@ const ENDLESS: &str = "import \"hash\" rule endless { strings: $m = \"wake-the-l
      for all i in (0..filesize) : ( hash.sha256(0, filesize) != \"x\" ) }";
 
 fn program() -> WorkerProgram {
-    WorkerProgram { path: PathBuf::from(env!("CARGO_BIN_EXE_tm-scan-worker")), args: vec![] }
+    tagged("untagged")
+}
+
+/// A worker takes no notice of its arguments; this one tells a test's own worker from those of the tests
+/// that run beside it.
+fn tagged(tag: &str) -> WorkerProgram {
+    WorkerProgram { path: PathBuf::from(env!("CARGO_BIN_EXE_tm-scan-worker")), args: vec![tag.to_owned()] }
 }
 
 fn pattern(text: &str) -> Pattern {
@@ -32,9 +47,26 @@ fn file(content: &[u8]) -> File {
     file
 }
 
+/// Something that the endless rule wakes up for.
+fn endless_file() -> File {
+    let mut content = b"wake-the-loop".to_vec();
+    content.resize(8 << 20, b'x');
+    file(&content)
+}
+
 fn scan(rules: &str, limits: ScanLimits, files: Vec<File>, meanwhile: impl FnOnce()) -> Vec<ItemResult> {
+    scan_with(&program(), rules, limits, files, meanwhile)
+}
+
+fn scan_with(
+    program: &WorkerProgram,
+    rules: &str,
+    limits: ScanLimits,
+    files: Vec<File>,
+    meanwhile: impl FnOnce(),
+) -> Vec<ItemResult> {
     let (pool, results) =
-        ScanPool::start(&program(), &[pattern(rules)], PoolOptions { threads: 2, limits, nice: 0 }).unwrap();
+        ScanPool::start(program, &[pattern(rules)], PoolOptions { threads: 2, limits, nice: 0 }).unwrap();
     let count = files.len();
     let mut all: Vec<ItemResult> = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -52,54 +84,150 @@ fn scan(rules: &str, limits: ScanLimits, files: Vec<File>, meanwhile: impl FnOnc
     all
 }
 
+fn look(limits: ScanLimits, content: &[u8]) -> ItemResult {
+    scan(MARKER, limits, vec![file(content)], || {}).remove(0)
+}
+
 fn skips(result: &ItemResult) -> Vec<SkipReason> {
     result.findings.skips.iter().map(|skip| skip.reason).collect()
 }
 
-fn workers() -> Vec<i32> {
-    let me = std::process::id().to_string();
-    std::fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|pid: &i32| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            stat.rsplit_once(") ").is_some_and(|(name, rest)| {
-                name.contains("tm-scan-worker")
-                    && rest.split(' ').nth(1) == Some(&me)
-                    && !rest.starts_with('Z')
-            })
-        })
-        .collect()
+fn names(names: &[&str]) -> Vec<PathBytes> {
+    names.iter().map(|name| PathBytes(name.as_bytes().to_vec())).collect()
 }
 
-fn kill_workers() -> usize {
-    let pids = workers();
-    for pid in &pids {
-        let pid = rustix::process::Pid::from_raw(*pid).unwrap();
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+/// Workers of this process that were started with `tag`, and the CPU time that each has taken, in ticks.
+fn workers(tag: &str) -> Vec<(i32, u64)> {
+    let me = std::process::id().to_string();
+    let mut workers = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap() {
+        let Ok(pid) = entry.unwrap().file_name().to_str().unwrap_or_default().parse() else { continue };
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let Some((_, rest)) = stat.rsplit_once(") ") else { continue };
+        let fields: Vec<&str> = rest.split(' ').collect();
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if fields[1] == me && arguments.split(|byte| *byte == 0).any(|argument| argument == tag.as_bytes()) {
+            workers.push((pid, fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()));
+        }
     }
-    pids.len()
+    workers
+}
+
+/// Waits until a worker with this tag, other than `not`, has worked for `ticks`, and kills it.
+fn kill_worker(tag: &str, not: Option<i32>, ticks: u64) -> i32 {
+    let begun = Instant::now();
+    loop {
+        if let Some((pid, _)) =
+            workers(tag).into_iter().find(|(pid, used)| Some(*pid) != not && *used >= ticks)
+        {
+            let victim = rustix::process::Pid::from_raw(pid).unwrap();
+            rustix::process::kill_process(victim, rustix::process::Signal::KILL).unwrap();
+            return pid;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "no worker `{tag}` at work");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn zipped(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut writer = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    writer.start_file(name, zip::write::SimpleFileOptions::default()).unwrap();
+    writer.write_all(content).unwrap();
+    writer.finish().unwrap().into_inner()
+}
+
+/// The same, said to be encrypted: bit 0 of the flags in both headers (APPNOTE 4.4.4).
+fn encrypted(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut bytes = zipped(name, content);
+    let central = bytes.windows(4).position(|window| window == b"PK\x01\x02").unwrap();
+    bytes[6] |= 1;
+    bytes[central + 8] |= 1;
+    bytes
+}
+
+fn tarred(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_ustar();
+    header.set_size(content.len() as u64);
+    builder.append_data(&mut header, name, content).unwrap();
+    builder.into_inner().unwrap()
+}
+
+fn gzipped(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut encoder =
+        flate2::GzBuilder::new().filename(name).write(Vec::new(), flate2::Compression::default());
+    encoder.write_all(content).unwrap();
+    encoder.finish().unwrap()
 }
 
 #[test]
 fn markers_are_found_in_small_and_mapped_files_and_nothing_else_is() {
     let mut large = vec![b'.'; 3 << 20];
     large.extend_from_slice(b"needle-47");
-    let files = vec![file(b"hay"), file(b"hay needle-47"), file(&large), file(b"")];
+    let files = vec![file(b"hay needle-46"), file(b"hay needle-47"), file(&large), file(b"")];
     let results = scan(MARKER, ScanLimits::default(), files, || {});
     let rules: Vec<usize> = results.iter().map(|r| r.findings.matches.len()).collect();
     assert_eq!(rules, [0, 1, 1, 0]);
-    assert_eq!(results[2].findings.sha256, Some(tm_protocol::ids::Sha256::of(&large)));
+    assert_eq!(results[0].findings.sha256, None);
+    assert_eq!(results[2].findings.sha256, Some(Sha256::of(&large)));
+    assert_eq!(results[2].findings.size, large.len() as u64);
     assert!(results.iter().all(|r| r.findings.skips.is_empty()));
 }
 
 #[test]
+fn a_member_is_named_from_the_outermost_container_inward() {
+    for (word, found) in [("needle-47", true), ("needle-46", false)] {
+        let outer =
+            gzipped("all.tar", &tarred("dir/inner.zip", &zipped("deep.txt", &word.repeat(50).into_bytes())));
+        let result = look(ScanLimits::default(), &outer);
+        let member = names(&["all.tar", "dir/inner.zip", "deep.txt"]);
+        let expected = Match { member, pattern: pattern(MARKER).sha256(), rule: "marker".to_owned() };
+        assert_eq!(result.findings.matches, if found { vec![expected] } else { vec![] }, "{word}");
+        assert_eq!(result.findings.sha256, found.then(|| Sha256::of(&outer)), "{word}");
+        assert_eq!((result.findings.skips, result.findings.size), (vec![], outer.len() as u64), "{word}");
+    }
+}
+
+#[test]
+fn what_was_not_looked_at_is_said_with_its_place() {
+    let limits = ScanLimits::default();
+    let nested = gzipped("all.tar", &tarred("inner.zip", &zipped("deep.txt", b"needle-47")));
+    let mut cut = gzipped("cut.txt", &b"some text that is long enough to be cut ".repeat(100));
+    cut.truncate(cut.len() - 12);
+    for (what, limits, bytes, member, reason) in [
+        (
+            "encrypted",
+            limits,
+            encrypted("secret.txt", b"needle-47"),
+            names(&["secret.txt"]),
+            SkipReason::Encrypted,
+        ),
+        ("truncated", limits, cut, names(&["cut.txt"]), SkipReason::Malformed),
+        ("bomb", limits, gzipped("bomb", &vec![0; 200 << 20]), names(&["bomb"]), SkipReason::Limit),
+        (
+            "depth",
+            ScanLimits { depth: 2, ..limits },
+            nested,
+            names(&["all.tar", "inner.zip"]),
+            SkipReason::Limit,
+        ),
+        ("kind", limits, b"7z\xbc\xaf\x27\x1c needle".to_vec(), vec![], SkipReason::Unsupported),
+        ("size", ScanLimits { file_bytes: 5, ..limits }, b"needle-47".to_vec(), vec![], SkipReason::Limit),
+    ] {
+        let begun = Instant::now();
+        let result = look(limits, &bytes);
+        assert_eq!(result.findings.skips, [Skip { member, reason }], "{what}");
+        assert_eq!(result.findings.matches, [], "{what}");
+        assert_eq!(result.findings.size, bytes.len() as u64, "{what}");
+        assert!(begun.elapsed() < Duration::from_secs(10), "{what}");
+    }
+}
+
+#[test]
 fn a_rule_that_never_ends_costs_one_item() {
-    let mut slow = b"wake-the-loop".to_vec();
-    slow.resize(8 << 20, b'x');
     let limits = ScanLimits { file_ms: 1000, ..ScanLimits::default() };
     let mut files: Vec<File> = (0..100).map(|_| file(b"needle-47")).collect();
-    files.insert(50, file(&slow));
+    files.insert(50, endless_file());
     let results = scan(&format!("{ENDLESS}\n{MARKER}"), limits, files, || {});
     assert_eq!(skips(&results[50]), [SkipReason::Timeout]);
     for (index, result) in results.iter().enumerate().filter(|(index, _)| *index != 50) {
@@ -108,23 +236,33 @@ fn a_rule_that_never_ends_costs_one_item() {
 }
 
 #[test]
-fn a_worker_that_is_killed_is_replaced_and_no_item_is_lost() {
+fn a_worker_that_is_killed_is_replaced_and_every_result_is_right() {
+    // Twice as long as a tick and more than the pool has in flight, so that the kill falls in the middle.
     let mut busy = b"needle-47 ".repeat(20_000);
     busy.resize(900_000, b'.');
     let files = (0..400).map(|_| file(&busy)).collect();
-    let mut killed = 0;
-    let results = scan(MARKER, ScanLimits::default(), files, || {
-        for _ in 0..2 {
-            std::thread::sleep(Duration::from_millis(150));
-            killed += kill_workers();
-        }
+    let results = scan_with(&tagged("killed-once"), MARKER, ScanLimits::default(), files, || {
+        kill_worker("killed-once", None, 5);
     });
-    assert!(killed > 0, "the test did kill a worker");
     for result in &results {
-        let gone = skips(result) == [SkipReason::WorkerDied];
-        assert!(result.findings.matches.len() == 1 || gone, "{result:?}");
+        assert_eq!((result.findings.matches.len(), skips(result)), (1, vec![]), "{}", result.id);
     }
-    assert!(results.iter().filter(|r| r.findings.matches.len() == 1).count() >= 396);
+    assert_eq!(workers("killed-once"), [], "a worker is gone when the results end");
+}
+
+#[test]
+fn an_item_that_ends_two_workers_is_blamed_and_no_other() {
+    let mut files: Vec<File> = (0..20).map(|_| file(b"needle-47")).collect();
+    files.insert(7, endless_file());
+    let rules = format!("{ENDLESS}\n{MARKER}");
+    let results = scan_with(&tagged("killed-twice"), &rules, ScanLimits::default(), files, || {
+        let first = kill_worker("killed-twice", None, 30);
+        kill_worker("killed-twice", Some(first), 30);
+    });
+    for result in &results {
+        let expected = if result.id == 7 { (0, vec![SkipReason::WorkerDied]) } else { (1, vec![]) };
+        assert_eq!((result.findings.matches.len(), skips(result)), expected, "{}", result.id);
+    }
 }
 
 #[test]
@@ -145,11 +283,20 @@ fn a_file_that_is_cut_while_it_is_mapped_costs_at_most_itself() {
 #[test]
 fn wrong_rules_are_refused_with_their_place_and_good_ones_counted() {
     assert_eq!(check::check(&program(), &pattern(MARKER)).unwrap().rules, 1);
-    let Err(CheckError::Refused(problems)) = check::check(&program(), &pattern("rule a {\n condition: $b }"))
-    else {
-        panic!("a rule with an unknown string compiles");
-    };
-    assert_eq!((problems[0].line, problems[0].column), (2, 13));
+    for (text, line, column, part) in [
+        ("rule a {\n condition: $b }", 2, 13, "$b"),
+        ("rule a {\n  condition:\n    true or\n}\n", 4, 1, ""),
+        ("\n  include \"/etc/passwd\"", 2, 3, "include"),
+        ("import \"macho\"\nrule a { condition: true }", 1, 1, "macho"),
+        ("import \"nonesuch\"\nrule a { condition: true }", 1, 1, "nonesuch"),
+    ] {
+        let Err(CheckError::Refused(problems)) = check::check(&program(), &pattern(text)) else {
+            panic!("it compiles: {text}");
+        };
+        let problem = &problems[0];
+        assert_eq!((problem.line, problem.column), (line, column), "{text}: {problem:?}");
+        assert!(problem.message.contains(part), "{text}: {problem:?}");
+    }
     let options = PoolOptions { threads: 1, limits: ScanLimits::default(), nice: 0 };
     let refused =
         ScanPool::start(&program(), &[pattern(MARKER), pattern("include \"/etc/passwd\"")], options);
@@ -158,21 +305,28 @@ fn wrong_rules_are_refused_with_their_place_and_good_ones_counted() {
 
 #[test]
 fn a_worker_that_never_starts_is_an_error_and_not_a_wait() {
-    let program = WorkerProgram { path: PathBuf::from("/bin/false"), args: vec![] };
-    let options = PoolOptions { threads: 1, limits: ScanLimits::default(), nice: 0 };
-    assert!(ScanPool::start(&program, &[pattern(MARKER)], options).is_err());
+    for path in ["/bin/false", "/nonexistent/worker"] {
+        let program = WorkerProgram { path: PathBuf::from(path), args: vec![] };
+        let options = PoolOptions { threads: 1, limits: ScanLimits::default(), nice: 0 };
+        assert!(ScanPool::start(&program, &[pattern(MARKER)], options).is_err(), "{path}");
+        assert!(check::check(&program, &pattern(MARKER)).is_err(), "{path}");
+    }
 }
 
 #[test]
 fn a_cancelled_pool_ends_at_once() {
-    let mut slow = b"wake-the-loop".to_vec();
-    slow.resize(8 << 20, b'x');
     let options = PoolOptions { threads: 1, limits: ScanLimits::default(), nice: 0 };
-    let (pool, results) = ScanPool::start(&program(), &[pattern(ENDLESS)], options).unwrap();
-    pool.submit(Item { id: 0, file: file(&slow).into() });
-    std::thread::sleep(Duration::from_millis(200));
-    let begun = std::time::Instant::now();
+    let (pool, results) = ScanPool::start(&tagged("cancelled"), &[pattern(ENDLESS)], options).unwrap();
+    pool.submit(Item { id: 0, file: endless_file().into() });
+    let begun = Instant::now();
+    while workers("cancelled").iter().all(|(_, used)| *used < 20) {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the worker is not at work");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let begun = Instant::now();
     pool.cancel();
     assert_eq!(results.iter().count(), 0);
     assert!(begun.elapsed() < Duration::from_secs(2));
+    assert_eq!(workers("cancelled"), []);
+    assert!(pool.cpu_ms() >= 100, "{} ms", pool.cpu_ms());
 }

@@ -8,7 +8,16 @@
 //! **Invariant:** an order and its audit record are written in one transaction, or not at all.
 //! **Invariant:** what is acknowledged to anybody has been committed with `synchronous=FULL`.
 
+pub(crate) mod accounts;
 pub(crate) mod audit;
+pub(crate) mod due;
+pub(crate) mod endpoints;
+pub(crate) mod enrollments;
+pub(crate) mod patterns;
+pub(crate) mod reports;
+pub(crate) mod sessions;
+pub(crate) mod tasks;
+pub(crate) mod tokens;
 
 use std::{str::FromStr as _, time::Duration};
 
@@ -71,15 +80,16 @@ impl StoreError {
     /// Whether trying again later may help (locked, out of connections, connection lost).
     pub(crate) fn is_passing(&self) -> bool {
         match self {
-            Self::Open(source) | Self::Query { source, .. } => match source {
-                sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed => true,
+            Self::Open(source) | Self::Query { source, .. } => {
                 // SQLITE_BUSY, SQLITE_FULL and friends; PostgreSQL class 53 and 57.
-                other => other.as_database_error().and_then(|e| e.code()).is_some_and(|code| {
-                    matches!(code.as_ref(), "5" | "13" | "261" | "517")
-                        || code.starts_with("53")
-                        || code.starts_with("57")
-                }),
-            },
+                let code = source.as_database_error().and_then(sqlx::error::DatabaseError::code);
+                matches!(source, sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed)
+                    || code.is_some_and(|code| {
+                        matches!(code.as_ref(), "5" | "13" | "261" | "517")
+                            || code.starts_with("53")
+                            || code.starts_with("57")
+                    })
+            }
             Self::Address(_) | Self::Migrate(_) | Self::Content { .. } => false,
         }
     }

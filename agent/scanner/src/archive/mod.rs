@@ -213,7 +213,11 @@ fn kind_of(bytes: &[u8]) -> Option<Kind> {
         b"070707",
     ];
     let bzip2 = bytes.starts_with(b"BZh") && bytes.get(4..10) == Some(b"\x31\x41\x59\x26\x53\x59");
-    (bzip2 || other.iter().any(|magic| bytes.starts_with(magic))).then_some(Kind::Other)
+    let compress = bytes.starts_with(b"\x1f\x9d")
+        && bytes.get(2).is_some_and(|flags| flags & 0x60 == 0 && (9..=16).contains(&(flags & 0x1f)));
+    // The form that streams take: dictionary size in full kilobytes, length not told.
+    let lzma = bytes.starts_with(b"\x5d\0\0") && bytes.get(5..13) == Some(&[0xff; 8]);
+    (bzip2 || compress || lzma || other.iter().any(|magic| bytes.starts_with(magic))).then_some(Kind::Other)
 }
 
 #[cfg(test)]
@@ -236,6 +240,24 @@ mod tests {
         writer.start_file(name, ::zip::write::SimpleFileOptions::default()).unwrap();
         writer.write_all(content).unwrap();
         writer.finish().unwrap().into_inner()
+    }
+
+    /// Two members; the names may be the same.
+    fn zipped_twice(first: &str, second: &str) -> Vec<u8> {
+        let mut writer = ::zip::ZipWriter::new(io::Cursor::new(Vec::new()));
+        for (name, content) in [("1.txt", b"needle-47 "), ("2.txt", b"harmless  ")] {
+            writer.start_file(name, ::zip::write::SimpleFileOptions::default()).unwrap();
+            writer.write_all(&content.repeat(50)).unwrap();
+        }
+        let mut bytes = writer.finish().unwrap().into_inner();
+        for at in 0..bytes.len() - 5 {
+            match &bytes[at..at + 5] {
+                b"1.txt" => bytes[at..at + 5].copy_from_slice(first.as_bytes()),
+                b"2.txt" => bytes[at..at + 5].copy_from_slice(second.as_bytes()),
+                _ => {}
+            }
+        }
+        bytes
     }
 
     fn tarred(name: &str, content: &[u8]) -> Vec<u8> {
@@ -287,6 +309,9 @@ mod tests {
             ("member size", &small, &gzipped(&[7; 2000]), vec![SkipReason::Limit]),
             ("truncated", &limits, &truncated, vec![SkipReason::Malformed]),
             ("7z", &limits, &b"7z\xbc\xaf\x27\x1cxxxx".to_vec(), vec![SkipReason::Unsupported]),
+            ("compress", &limits, &b"\x1f\x9d\x90xxx".to_vec(), vec![SkipReason::Unsupported]),
+            ("different names", &limits, &zipped_twice("a.txt", "b.txt"), vec![]),
+            ("same names", &limits, &zipped_twice("a.txt", "a.txt"), vec![SkipReason::Malformed]),
             ("not a zip", &limits, &b"PK\x03\x04 nonsense".to_vec(), vec![SkipReason::Malformed]),
         ] {
             assert_eq!(skips(limits, bytes), expected, "{name}");

@@ -35,5 +35,26 @@ pub(super) fn members(
             Err(_) => walk.skip_member(within, &name, SkipReason::Malformed),
         }
     }
-    Ok(())
+    // Of entries with the same name the reader keeps one; other unpackers may take another.
+    if central_entries(bytes, archive.central_directory_start()) == archive.len() {
+        Ok(())
+    } else {
+        Err(SkipReason::Malformed)
+    }
+}
+
+/// How many headers the central directory holds (APPNOTE 4.3.12).
+fn central_entries(bytes: &[u8], start: u64) -> usize {
+    let mut rest = usize::try_from(start).ok().and_then(|start| bytes.get(start..)).unwrap_or_default();
+    let mut entries = 0;
+    while rest.starts_with(b"PK\x01\x02") {
+        let Some(lengths) = rest.get(28..34) else { break };
+        let variable: usize = lengths
+            .chunks_exact(2)
+            .map(|length| length.iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte)))
+            .sum();
+        entries += 1;
+        rest = rest.get(46 + variable..).unwrap_or_default();
+    }
+    entries
 }

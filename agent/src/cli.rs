@@ -1,0 +1,230 @@
+//! The command line: what is asked for, and which room answers.
+
+use std::{
+    fs,
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Context as _;
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
+use tm_protocol::{text::escape_for_display, token::EnrollmentToken};
+
+use crate::{
+    daemon::{self, Status},
+    enroll,
+    paths::Paths,
+    scan::standalone,
+};
+
+/// A call that makes no sense, for `scan` (sysexits.h, `EX_USAGE`).
+const EXIT_SCAN_USAGE: u8 = 64;
+
+/// Finds malicious software on this endpoint.
+#[derive(Debug, Parser)]
+#[command(name = "tm-agent", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct DataFolder {
+    /// The agent's state folder
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-agent")]
+    data: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Join a fleet: make a key here and have a manager certify it
+    #[command(long_about = "Join a fleet: make a key here and have a manager certify it.\n\n\
+            An administrator makes the token with `tmctl token create`. It names the manager, how to know it, \
+            and the secret that lets this endpoint in.\n\n\
+            Example:\n  tm-agent enroll --token-file token.txt")]
+    Enroll {
+        #[command(flatten)]
+        folder: DataFolder,
+        /// The enrollment token (visible to other users of this machine while the command runs)
+        #[arg(long, value_name = "TOKEN", conflicts_with = "token_file")]
+        token: Option<String>,
+        /// A file that holds the token; `-` or nothing at all reads standard input
+        #[arg(long, value_name = "FILE")]
+        token_file: Option<PathBuf>,
+    },
+    /// Run the agent
+    Run {
+        #[command(flatten)]
+        folder: DataFolder,
+    },
+    /// Show whether the agent runs, and its link to the manager
+    Status {
+        #[command(flatten)]
+        folder: DataFolder,
+        /// How to print it
+        #[arg(short, long, value_enum, default_value_t = StatusFormat::Text)]
+        output: StatusFormat,
+    },
+    /// Look at files with patterns
+    #[command(
+        long_about = "Look at files with patterns, without the running agent and without a manager.\n\n\
+            Exit code: 0 clean, 1 something was detected, 2 not everything could be looked at (or an error), \
+            64 the call makes no sense.\n\n\
+            Example:\n  tm-agent scan --standalone --pattern rules.yar /srv"
+    )]
+    Scan(Box<standalone::Args>),
+    /// Try patterns without using them
+    #[command(subcommand)]
+    Pattern(PatternCommand),
+    #[command(hide = true)]
+    ScanWorker,
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell to complete in
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages into a folder
+    #[command(hide = true)]
+    Man {
+        /// The folder
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum PatternCommand {
+    /// Say what a pattern would load, or where it is wrong
+    Check(standalone::CheckArgs),
+}
+
+/// Reads the command line and does what it says.
+pub(crate) fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+                ExitCode::SUCCESS
+            } else if std::env::args_os().nth(1).is_some_and(|verb| verb == "scan") {
+                ExitCode::from(EXIT_SCAN_USAGE)
+            } else {
+                ExitCode::from(2)
+            };
+        }
+    };
+    match cli.command {
+        Command::Scan(args) => standalone::run(&args),
+        Command::Pattern(PatternCommand::Check(args)) => standalone::check(&args),
+        Command::Enroll { folder, token, token_file } => {
+            finish(enroll_here(folder.data, token, token_file.as_deref()))
+        }
+        Command::Run { folder } => finish(run_daemon(folder.data)),
+        Command::Status { folder, output } => match status(&Paths::new(folder.data), output) {
+            Ok(code) => code,
+            Err(error) => finish(Err(error)),
+        },
+        Command::ScanWorker => tm_scanner::worker::main(),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "tm-agent", &mut io::stdout());
+            ExitCode::SUCCESS
+        }
+        Command::Man { dir } => {
+            finish(clap_mangen::generate_to(Cli::command(), dir).context("cannot write manual pages"))
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum StatusFormat {
+    Text,
+    Json,
+}
+
+fn finish(done: anyhow::Result<()>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "error: {}", escape_for_display(&format!("{error:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> anyhow::Result<()> {
+    let text = match (token, file) {
+        (Some(token), _) => token,
+        (None, Some(file)) if file != Path::new("-") => fs::read_to_string(file)
+            .with_context(|| format!("cannot read the token from `{}`", file.display()))?,
+        (None, _) => {
+            let mut text = String::new();
+            io::stdin()
+                .take(64 << 10)
+                .read_to_string(&mut text)
+                .context("cannot read the token from standard input")?;
+            text
+        }
+    };
+    let token: EnrollmentToken = text.parse()?;
+    let paths = Paths::new(data);
+    let endpoint = runtime()?.block_on(enroll::enroll(&paths, &token))?;
+    let _ = writeln!(io::stdout(), "{endpoint}");
+    let shown = paths.root().display();
+    let _ = writeln!(io::stderr(), "Enrolled as endpoint {endpoint}. Start it: tm-agent run --data {shown}");
+    Ok(())
+}
+
+fn run_daemon(data: PathBuf) -> anyhow::Result<()> {
+    let filter = std::env::var("TM_LOG").unwrap_or_else(|_| "info".to_owned());
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).context("TM_LOG is not a log filter")?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    let runtime = runtime()?;
+    let done = runtime.block_on(daemon::run(Paths::new(data)));
+    // A scan that is being called off may take a moment; the agent's end does not wait for it.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    Ok(done?)
+}
+
+/// Prints what the running agent last wrote about itself.
+fn status(paths: &Paths, format: StatusFormat) -> anyhow::Result<ExitCode> {
+    let status: Option<Status> = if daemon::is_running(paths) {
+        fs::read(paths.status()).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok())
+    } else {
+        None
+    };
+    let Some(status) = status else {
+        anyhow::bail!(
+            "the agent is not running in `{}`; start it with `tm-agent run`",
+            paths.root().display()
+        );
+    };
+    let text = match format {
+        StatusFormat::Json => serde_json::to_string_pretty(&status)?,
+        StatusFormat::Text => {
+            let link = match &status.manager {
+                Some(manager) => format!("connected to {manager} since {}", status.since),
+                None => format!("disconnected since {}", status.since),
+            };
+            let failure = status.last_failure.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
+            escape_for_display(&format!(
+                "endpoint {} (tm-agent {}, pid {})",
+                status.endpoint, status.version, status.pid
+            )) + "\nlink:         "
+                + &escape_for_display(&link)
+                + "\nlast failure: "
+                + &escape_for_display(&failure)
+                + "\nrunning task: "
+                + status.running_task.as_deref().unwrap_or("none")
+        }
+    };
+    let _ = writeln!(io::stdout(), "{text}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start threads")
+}

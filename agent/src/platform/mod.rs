@@ -1,0 +1,4 @@
+//! Linux facts, and the only room that reads them.
+
+pub(crate) mod facts;
+pub(crate) mod fs;

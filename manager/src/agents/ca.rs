@@ -1,0 +1,219 @@
+//! The embedded certificate authority.
+//!
+//! **Invariant:** of a request only the public key is taken (and its proof checked); every name in it is
+//! replaced by exactly one URI. No certificate of ours may sign another (path length 0).
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    net::IpAddr,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
+    SigningKey,
+};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use tm_protocol::{
+    identity::{Identity, Role},
+    ids::{EndpointId, FleetId, ManagerId, Sha256},
+};
+use uuid::Uuid;
+
+/// How long a leaf certificate is good for.
+const LEAF: Duration = Duration::from_secs(90 * 86_400);
+/// How long the authority itself is.
+const ROOT: Duration = Duration::from_secs(3650 * 86_400);
+/// Certificates begin this long before now, for endpoints whose clocks are behind.
+const BACKDATED: Duration = Duration::from_secs(3600);
+
+/// Why there is no certificate.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CaError {
+    #[error("cannot use `{path}`")]
+    File { path: String, source: io::Error },
+    #[error("the authority's files are damaged")]
+    Damaged,
+    #[error("cannot sign")]
+    Sign(#[source] rcgen::Error),
+    #[error("the certificate request is not one")]
+    Request(#[source] rcgen::Error),
+}
+
+/// The fleet's authority and this manager's place in it.
+pub(crate) struct Authority {
+    pub(crate) fleet: FleetId,
+    pub(crate) manager: ManagerId,
+    certificate: CertificateDer<'static>,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// A certificate for an agent.
+#[derive(Debug)]
+pub(crate) struct Issued {
+    pub(crate) der: Vec<u8>,
+    /// Lower-case hex.
+    pub(crate) serial: String,
+    pub(crate) not_after_ms: i64,
+}
+
+impl Authority {
+    /// Makes a new authority in `folder`, which must not exist.
+    pub(crate) fn create(folder: &Path) -> Result<Self, CaError> {
+        let file = |source| CaError::File { path: folder.display().to_string(), source };
+        fs::DirBuilder::new().mode(0o700).create(folder).map_err(file)?;
+        let fleet = FleetId::new(Uuid::now_v7());
+        let manager = ManagerId::new(Uuid::now_v7());
+        let key = KeyPair::generate().map_err(CaError::Sign)?;
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.distinguished_name = name(&format!("Threat Management CA {fleet}"));
+        set_times(&mut params, ROOT);
+        let certificate: Certificate = params.self_signed(&key).map_err(CaError::Sign)?;
+        write(folder, "key.der", &key.serialize_der()).map_err(file)?;
+        write(folder, "certificate.der", certificate.der()).map_err(file)?;
+        write(
+            folder,
+            "ids.json",
+            serde_json::json!({ "fleet": fleet, "manager": manager }).to_string().as_bytes(),
+        )
+        .map_err(file)?;
+        Self::load(folder)
+    }
+
+    /// Reads the authority that [`Authority::create`] made.
+    pub(crate) fn load(folder: &Path) -> Result<Self, CaError> {
+        #[derive(serde::Deserialize)]
+        struct Ids {
+            fleet: FleetId,
+            manager: ManagerId,
+        }
+        let read = |name: &str| {
+            fs::read(folder.join(name))
+                .map_err(|source| CaError::File { path: folder.join(name).display().to_string(), source })
+        };
+        let ids: Ids = serde_json::from_slice(&read("ids.json")?).map_err(|_| CaError::Damaged)?;
+        let certificate = CertificateDer::from(read("certificate.der")?);
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(read("key.der")?));
+        let key = KeyPair::try_from(&key).map_err(|_| CaError::Damaged)?;
+        let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|_| CaError::Damaged)?;
+        Ok(Self { fleet: ids.fleet, manager: ids.manager, certificate, issuer })
+    }
+
+    /// The authority's certificate.
+    pub(crate) fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// Its digest, as tokens and profiles name it.
+    pub(crate) fn digest(&self) -> Sha256 {
+        Sha256::of(&self.certificate)
+    }
+
+    /// A fresh key and certificate for this manager's two listeners.
+    pub(crate) fn server(
+        &self,
+        names: &[String],
+    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), CaError> {
+        let key = KeyPair::generate().map_err(CaError::Sign)?;
+        let mut params = self.leaf(Role::Manager(self.manager), ExtendedKeyUsagePurpose::ServerAuth)?;
+        for name in names.iter().map(String::as_str).chain(["localhost", "127.0.0.1", "::1"]) {
+            params.subject_alt_names.push(match name.parse::<IpAddr>() {
+                Ok(address) => SanType::IpAddress(address),
+                Err(_) => SanType::DnsName(name.try_into().map_err(CaError::Sign)?),
+            });
+        }
+        let certificate = params.signed_by(&key, &self.issuer).map_err(CaError::Sign)?;
+        let chain = vec![certificate.der().clone(), self.certificate.clone()];
+        Ok((chain, PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()))))
+    }
+
+    /// Certifies the key of `request` (PKCS #10, DER) for `endpoint`.
+    pub(crate) fn certify(&self, endpoint: EndpointId, request: &[u8]) -> Result<Issued, CaError> {
+        let request = CertificateSigningRequestDer::from(request);
+        let mut request = CertificateSigningRequestParams::from_der(&request).map_err(CaError::Request)?;
+        request.params = self.leaf(Role::Endpoint(endpoint), ExtendedKeyUsagePurpose::ClientAuth)?;
+        let serial =
+            request.params.serial_number.as_ref().map(|s| hex::encode(s.to_bytes())).unwrap_or_default();
+        let certificate = request.signed_by(&self.issuer).map_err(CaError::Sign)?;
+        let not_after = SystemTime::now() + LEAF;
+        let not_after = not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Ok(Issued {
+            der: certificate.der().to_vec(),
+            serial,
+            not_after_ms: i64::try_from(not_after.as_millis()).unwrap_or(i64::MAX),
+        })
+    }
+
+    fn leaf(&self, role: Role, purpose: ExtendedKeyUsagePurpose) -> Result<CertificateParams, CaError> {
+        let identity = Identity { fleet: self.fleet, role }.to_string();
+        let mut params = CertificateParams::default();
+        // The first bit is clear and the second set: positive, and always of the same length (RFC 5280, 4.1.2.2).
+        let mut serial: [u8; 16] = rand::random();
+        serial[0] = serial[0] & 0x7f | 0x40;
+        params.serial_number = Some(SerialNumber::from_slice(&serial));
+        params.distinguished_name = name(match role {
+            Role::Endpoint(_) => "Threat Management agent",
+            Role::Manager(_) => "Threat Management manager",
+        });
+        params.subject_alt_names = vec![SanType::URI(identity.as_str().try_into().map_err(CaError::Sign)?)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![purpose];
+        params.is_ca = IsCa::ExplicitNoCa;
+        set_times(&mut params, LEAF);
+        Ok(params)
+    }
+}
+
+fn set_times(params: &mut CertificateParams, length: Duration) {
+    let now = SystemTime::now();
+    params.not_before = (now - BACKDATED).into();
+    params.not_after = (now + length).into();
+}
+
+fn name(common: &str) -> DistinguishedName {
+    let mut name = DistinguishedName::new();
+    name.push(DnType::CommonName, common);
+    name
+}
+
+fn write(folder: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(folder.join(name))?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Only here so that the key type of requests and authority is one.
+const _: fn(&KeyPair) -> &dyn SigningKey = |key| key;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agents::tls::peer;
+
+    #[test]
+    fn names_asked_for_do_not_survive() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::create(&folder.path().join("ca")).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut asked = CertificateParams::new(vec!["manager.example".to_owned()]).unwrap();
+        asked.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        asked.subject_alt_names.push(SanType::URI("tm://x/manager/y".try_into().unwrap()));
+        let csr = asked.serialize_request(&key);
+        let endpoint = EndpointId::new(Uuid::now_v7());
+        // rcgen refuses to make some hostile requests; the plain one must come out clean too.
+        let csr = csr.or_else(|_| {
+            CertificateParams::new(vec!["manager.example".to_owned()]).unwrap().serialize_request(&key)
+        });
+        let issued = authority.certify(endpoint, csr.unwrap().der()).unwrap();
+        let peer = peer(&CertificateDer::from(issued.der.clone()), authority.fleet).unwrap();
+        assert_eq!((peer.endpoint, peer.serial), (endpoint, issued.serial));
+        assert!(!String::from_utf8_lossy(&issued.der).contains("manager.example"));
+        assert!(authority.certify(endpoint, b"nonsense").is_err());
+    }
+}

@@ -1,0 +1,148 @@
+//! How a new agent is let in: one request, one answer, on a link without a client certificate.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use tm_protocol::{
+    ids::{EndpointId, Sha256},
+    message::{EnrollReply, EnrollRequest, ToManager},
+    report::Failure,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
+use uuid::Uuid;
+
+use super::{LinkError, ca::Authority, now_ms, read, session::Shared, write};
+use crate::store::enrollments::{NewEndpoint, TokenRefusal};
+
+/// How long the request may take to arrive.
+const REQUEST: Duration = Duration::from_secs(10);
+/// Failures that one address may have in a minute.
+const FAILURES: u32 = 10;
+const MINUTE: Duration = Duration::from_secs(60);
+/// Addresses remembered; beyond it the oldest minute is forgotten.
+const REMEMBERED: usize = 10_000;
+
+/// Who has failed lately, by address.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Guard(Arc<Mutex<HashMap<IpAddr, (Instant, u32)>>>);
+
+impl Guard {
+    fn is_blocked(&self, from: IpAddr, now: Instant) -> bool {
+        let failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        failures
+            .get(&from)
+            .is_some_and(|(since, count)| *count >= FAILURES && now.duration_since(*since) < MINUTE)
+    }
+
+    fn failed(&self, from: IpAddr, now: Instant) {
+        let mut failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if failures.len() >= REMEMBERED {
+            failures.retain(|_, (since, _)| now.duration_since(*since) < MINUTE);
+        }
+        if failures.len() >= REMEMBERED {
+            failures.clear();
+        }
+        let entry = failures.entry(from).or_insert((now, 0));
+        if now.duration_since(entry.0) >= MINUTE {
+            *entry = (now, 0);
+        }
+        entry.1 += 1;
+    }
+}
+
+/// Reads the request and answers it.
+pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut L,
+    from: IpAddr,
+    authority: &Authority,
+    guard: &Guard,
+    shared: &Shared,
+) -> Result<(), LinkError> {
+    let mut buffer = BytesMut::new();
+    let request = match timeout(REQUEST, read(link, &mut buffer)).await.map_err(|_| LinkError::Silent)?? {
+        ToManager::EnrollRequest(request) => request,
+        ToManager::Hello(_)
+        | ToManager::Inventory(_)
+        | ToManager::Ping(_)
+        | ToManager::Pong(_)
+        | ToManager::Report(_)
+        | ToManager::Progress(_) => return Err(LinkError::Protocol("no enrollment request")),
+    };
+    let reply = if guard.is_blocked(from, Instant::now()) {
+        refuse("too-many", "too many failed attempts from this address; try again in a minute")
+    } else {
+        let reply = decide(&request, authority, shared).await?;
+        if matches!(reply, EnrollReply::Refused(_)) {
+            guard.failed(from, Instant::now());
+        }
+        reply
+    };
+    if let EnrollReply::Refused(failure) = &reply {
+        tracing::info!(%from, code = failure.code, "An enrollment is refused.");
+    }
+    write(link, &reply.into()).await
+}
+
+async fn decide(
+    request: &EnrollRequest,
+    authority: &Authority,
+    shared: &Shared,
+) -> Result<EnrollReply, LinkError> {
+    if request.host.len() > 256 || request.agent_version.len() > 64 {
+        return Ok(refuse("invalid", "the request is too long"));
+    }
+    let endpoint = EndpointId::new(Uuid::now_v7());
+    let Ok(issued) = authority.certify(endpoint, &request.csr) else {
+        return Ok(refuse("csr-invalid", "the certificate request is not one"));
+    };
+    let new = NewEndpoint {
+        id: endpoint,
+        host: &request.host,
+        agent_version: &request.agent_version,
+        serial: &issued.serial,
+        not_after_ms: issued.not_after_ms,
+    };
+    let used =
+        shared.store.use_token(Sha256::of(&request.secret), new, now_ms()).await.map_err(LinkError::Store)?;
+    Ok(match used {
+        Ok(()) => EnrollReply::Enrolled {
+            endpoint,
+            certificate: issued.der,
+            ca: authority.certificate().to_vec(),
+            addresses: shared.addresses.clone(),
+        },
+        Err(TokenRefusal::Unknown) => refuse("token-unknown", "this manager knows no such enrollment token"),
+        Err(TokenRefusal::Revoked) => refuse("token-revoked", "the enrollment token has been revoked"),
+        Err(TokenRefusal::Expired) => refuse("token-expired", "the enrollment token has expired"),
+        Err(TokenRefusal::UsedUp) => refuse("token-used-up", "the enrollment token has been used up"),
+    })
+}
+
+fn refuse(code: &str, message: &str) -> EnrollReply {
+    EnrollReply::Refused(Failure::new(code, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ten_failures_a_minute_and_no_more() {
+        let (guard, from, start) = (Guard::default(), IpAddr::from([192, 0, 2, 1]), Instant::now());
+        for _ in 0..FAILURES {
+            assert!(!guard.is_blocked(from, start));
+            guard.failed(from, start);
+        }
+        assert!(guard.is_blocked(from, start));
+        assert!(!guard.is_blocked(IpAddr::from([192, 0, 2, 2]), start));
+        assert!(!guard.is_blocked(from, start + MINUTE));
+    }
+}

@@ -1,0 +1,151 @@
+//! The agents' port: strangers are kept few, short and apart from those who are known.
+//!
+//! **Invariant:** until a client has proven who it is it holds a stranger's permit and a time limit; agents
+//! with a session hold none, so strangers can never use up their places.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use rustls::server::Acceptor;
+use tm_protocol::{ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
+
+use super::{
+    LinkError, bulk,
+    ca::Authority,
+    enrollment::{self, Guard},
+    session::{self, Shared},
+    tls::{AgentTls, Peer, peer},
+};
+use crate::{patterns::Blobs, store::enrollments::CertificateStatus};
+
+/// Links that have not proven who they are. The oldest of them is at most [`HANDSHAKE`] old.
+const STRANGERS: usize = 4096;
+/// How long the first byte may take.
+const FIRST_BYTE: Duration = Duration::from_secs(5);
+/// How long the whole handshake may.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// What the port works with.
+#[derive(Clone)]
+pub(crate) struct Port {
+    pub(crate) tls: AgentTls,
+    pub(crate) authority: Arc<Authority>,
+    pub(crate) blobs: Blobs,
+    pub(crate) guard: Guard,
+    pub(crate) shared: Shared,
+}
+
+/// Accepts until the manager ends.
+pub(crate) async fn run(listener: TcpListener, port: Port) {
+    let strangers = Arc::new(Semaphore::new(STRANGERS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = port.shared.ending.cancelled() => return,
+        };
+        let (stream, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, mostly: whoever waits in the backlog is served when some are free.
+                tracing::warn!(%error, "Cannot accept.");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        // Full: the newest stranger is turned away, and an agent among them tries again with jitter.
+        let Ok(permit) = Arc::clone(&strangers).try_acquire_owned() else { continue };
+        let port = port.clone();
+        tokio::spawn(async move {
+            match timeout(HANDSHAKE, greet(stream, &port)).await {
+                Ok(Ok(known)) => serve(known, from, permit, &port).await,
+                Ok(Err(error)) => tracing::debug!(%from, %error, "No handshake."),
+                Err(_) => tracing::debug!(%from, "A handshake takes too long."),
+            }
+        });
+    }
+}
+
+/// A link after its handshake.
+enum Greeted {
+    Control(Box<TlsStream<TcpStream>>),
+    Bulk(Box<TlsStream<TcpStream>>),
+    Enroll(Box<TlsStream<TcpStream>>),
+}
+
+async fn greet(stream: TcpStream, port: &Port) -> io::Result<Greeted> {
+    let _ = stream.set_nodelay(true);
+    timeout(FIRST_BYTE, stream.peek(&mut [0])).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+    let offered: Vec<Vec<u8>> =
+        start.client_hello().alpn().map(|names| names.map(<[u8]>::to_vec).collect()).unwrap_or_default();
+    let offers = |name: &[u8]| offered.iter().any(|offer| offer == name);
+    if offers(ALPN_CONTROL) {
+        Ok(Greeted::Control(Box::new(start.into_stream(Arc::clone(&port.tls.control)).await?)))
+    } else if offers(ALPN_BULK) {
+        Ok(Greeted::Bulk(Box::new(start.into_stream(Arc::clone(&port.tls.bulk)).await?)))
+    } else if offers(ALPN_ENROLL) {
+        Ok(Greeted::Enroll(Box::new(start.into_stream(Arc::clone(&port.tls.enroll)).await?)))
+    } else {
+        Err(io::Error::other("it names no protocol of ours"))
+    }
+}
+
+async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSemaphorePermit, port: &Port) {
+    match greeted {
+        Greeted::Control(mut link) => {
+            let Some(peer) = judge(&link, port).await else { return };
+            drop(permit);
+            let error = session::run(&mut *link, peer.endpoint, &port.shared).await;
+            match error {
+                LinkError::Frame(_) | LinkError::Protocol(_) | LinkError::Store(_) => {
+                    tracing::warn!(endpoint = %peer.endpoint, %error, "A session ended.");
+                }
+                LinkError::Broken(_)
+                | LinkError::Closed
+                | LinkError::Silent
+                | LinkError::Replaced
+                | LinkError::Ending => tracing::info!(endpoint = %peer.endpoint, %error, "A session ended."),
+            }
+            // The end is said properly, so that the agent sees it at once.
+            let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
+        }
+        Greeted::Bulk(link) => {
+            if judge(&link, port).await.is_some() {
+                drop(permit);
+                bulk::run(*link, port.blobs.clone()).await;
+            }
+        }
+        Greeted::Enroll(mut link) => {
+            let done =
+                enrollment::run(&mut *link, from.ip(), &port.authority, &port.guard, &port.shared).await;
+            if let Err(error) = done {
+                tracing::debug!(%from, %error, "An enrollment ended.");
+            }
+            let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
+            drop(permit);
+        }
+    }
+}
+
+/// Who the client is, if its certificate is one of an agent of ours, enrolled and not revoked.
+async fn judge(link: &TlsStream<TcpStream>, port: &Port) -> Option<Peer> {
+    let certificate = link.get_ref().1.peer_certificates().and_then(|chain| chain.first())?;
+    let peer = peer(certificate, port.authority.fleet)?;
+    match port.shared.store.certificate_status(peer.endpoint, &peer.serial).await {
+        Ok(CertificateStatus::Enrolled) => Some(peer),
+        Ok(status) => {
+            tracing::warn!(endpoint = %peer.endpoint, ?status, "A certificate is refused.");
+            None
+        }
+        // Not knowing is no reason to let anybody in.
+        Err(error) => {
+            tracing::error!(%error, "Cannot look a certificate up.");
+            None
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Who is connected here: memory only, never a second truth.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tm_protocol::{
+    ids::{EndpointId, TaskId},
+    message::{Progress, ToAgent},
+};
+use tokio::sync::{Notify, mpsc, oneshot};
+
+/// Messages that wait for one agent. Beyond it the dispatcher tries again later.
+const OUTBOX: usize = 64;
+
+/// Every session of this manager.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Registry {
+    inner: Arc<Mutex<Inner>>,
+    /// Wakes the dispatcher.
+    pub(crate) nudge: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    sessions: HashMap<EndpointId, Handle>,
+    seen: HashSet<EndpointId>,
+    progress: HashMap<TaskId, (EndpointId, Progress)>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    epoch: i64,
+    process_nonce: u64,
+    outbox: mpsc::Sender<Command>,
+    sent: HashSet<TaskId>,
+}
+
+/// What the manager's other rooms ask of a session.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Send(ToAgent),
+    /// Answers if its agent does, within the time it takes to ask.
+    AreYouThere(oneshot::Sender<()>),
+    /// A newer session has taken its place.
+    GiveWay,
+}
+
+impl Registry {
+    pub(crate) fn new(nudge: Arc<Notify>) -> Self {
+        Self { inner: Arc::default(), nudge }
+    }
+
+    /// The commands of the session that stands for `endpoint` now, and the nonce of its agent's process.
+    pub(crate) fn standing(&self, endpoint: EndpointId) -> Option<(mpsc::Sender<Command>, u64)> {
+        self.lock().sessions.get(&endpoint).map(|handle| (handle.outbox.clone(), handle.process_nonce))
+    }
+
+    /// Enters a session in place of any other.
+    pub(crate) fn enter(
+        &self,
+        endpoint: EndpointId,
+        epoch: i64,
+        process_nonce: u64,
+    ) -> mpsc::Receiver<Command> {
+        let (outbox, commands) = mpsc::channel(OUTBOX);
+        let handle = Handle { epoch, process_nonce, outbox, sent: HashSet::new() };
+        if let Some(older) = self.lock().sessions.insert(endpoint, handle) {
+            // A full outbox belongs to a session that is stuck; its own time-out ends it.
+            let _ = older.outbox.try_send(Command::GiveWay);
+        }
+        self.nudge.notify_one();
+        commands
+    }
+
+    /// Takes a session out, unless a newer one has its place.
+    pub(crate) fn leave(&self, endpoint: EndpointId, epoch: i64) {
+        let mut inner = self.lock();
+        if inner.sessions.get(&endpoint).is_some_and(|handle| handle.epoch == epoch) {
+            inner.sessions.remove(&endpoint);
+        }
+    }
+
+    /// Everyone who is connected here.
+    pub(crate) fn connected(&self) -> Vec<EndpointId> {
+        self.lock().sessions.keys().copied().collect()
+    }
+
+    /// Sends an order, once a session. `false` if it must be tried again.
+    pub(crate) fn assign(&self, endpoint: EndpointId, task: TaskId, message: ToAgent) -> bool {
+        let mut inner = self.lock();
+        let Some(handle) = inner.sessions.get_mut(&endpoint) else { return false };
+        if handle.sent.contains(&task) {
+            return true;
+        }
+        let sent = handle.outbox.try_send(Command::Send(message)).is_ok();
+        if sent {
+            handle.sent.insert(task);
+        }
+        sent
+    }
+
+    /// Whether an order went out in the present session.
+    pub(crate) fn was_sent(&self, endpoint: EndpointId, task: TaskId) -> bool {
+        self.lock().sessions.get(&endpoint).is_some_and(|handle| handle.sent.contains(&task))
+    }
+
+    /// Notes that an agent was heard, for the next flush.
+    pub(crate) fn saw(&self, endpoint: EndpointId) {
+        self.lock().seen.insert(endpoint);
+    }
+
+    /// Notes progress, for the next flush. Only the newest of each task is kept.
+    pub(crate) fn progressed(&self, endpoint: EndpointId, progress: Progress) {
+        self.lock().progress.insert(progress.task, (endpoint, progress));
+    }
+
+    /// Takes what is to be flushed.
+    pub(crate) fn take_progress(&self) -> Vec<(EndpointId, Progress)> {
+        std::mem::take(&mut self.lock().progress).into_values().collect()
+    }
+
+    /// Takes who was heard since the last time.
+    pub(crate) fn take_seen(&self) -> Vec<EndpointId> {
+        std::mem::take(&mut self.lock().seen).into_iter().collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        // No holder can leave it half-changed: every change is one insert or remove.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,176 @@
+//! `manager.toml`: read once, typed, and right if it exists.
+
+use std::{fs, io, net::SocketAddr, path::Path, time::Duration};
+
+use serde::Deserialize;
+use tm_protocol::address::Address;
+
+/// What a manager runs with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Config {
+    pub(crate) agent_listen: SocketAddr,
+    pub(crate) admin_listen: SocketAddr,
+    pub(crate) public_names: Vec<String>,
+    pub(crate) database: Option<String>,
+    /// How often agents and manager ping each other, 200 ms to 27 s (silence of twice that ends a session,
+    /// and a dead link is to be seen within a minute).
+    pub(crate) heartbeat: Duration,
+    pub(crate) log: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Raw {
+    agent_listen: String,
+    admin_listen: String,
+    public_names: Vec<String>,
+    database: Option<String>,
+    #[serde(default = "default_heartbeat")]
+    heartbeat: String,
+    #[serde(default = "default_log")]
+    log: String,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("cannot read `{path}`")]
+    Read { path: String, source: io::Error },
+    #[error("`{path}` is not a configuration")]
+    Syntax { path: String, source: Box<toml::de::Error> },
+    #[error("`{key}`: `{value}` is not {expected}")]
+    Value { key: &'static str, value: String, expected: &'static str },
+}
+
+impl Config {
+    pub(crate) fn load(path: &Path) -> Result<Self, ConfigError> {
+        let shown = path.display().to_string();
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: shown.clone(), source })?;
+        let raw: Raw =
+            toml::from_str(&text).map_err(|e| ConfigError::Syntax { path: shown, source: Box::new(e) })?;
+        raw.try_into()
+    }
+
+    /// Every address that agents may use, in order.
+    pub(crate) fn addresses(&self) -> Vec<Address> {
+        self.public_names
+            .iter()
+            .filter_map(|name| Address::new(name, self.agent_listen.port()).ok())
+            .collect()
+    }
+}
+
+impl TryFrom<Raw> for Config {
+    type Error = ConfigError;
+
+    fn try_from(raw: Raw) -> Result<Self, ConfigError> {
+        let socket = |key, value: &str| {
+            value.parse::<SocketAddr>().ok().filter(|s| s.port() != 0).ok_or_else(|| ConfigError::Value {
+                key,
+                value: value.to_owned(),
+                expected: "an IP address and a port, like `0.0.0.0:4433`",
+            })
+        };
+        let value =
+            |key, value: &str, expected| ConfigError::Value { key, value: value.to_owned(), expected };
+        for name in &raw.public_names {
+            Address::new(name, 1).map_err(|_| value("public_names", name, "a host name or an IP address"))?;
+        }
+        let heartbeat = duration(&raw.heartbeat)
+            .filter(|d| (Duration::from_millis(200)..=Duration::from_secs(27)).contains(d))
+            .ok_or_else(|| value("heartbeat", &raw.heartbeat, "a time from `200ms` to `27s`"))?;
+        Ok(Self {
+            agent_listen: socket("agent_listen", &raw.agent_listen)?,
+            admin_listen: socket("admin_listen", &raw.admin_listen)?,
+            public_names: raw.public_names,
+            database: raw.database,
+            heartbeat,
+            log: raw.log,
+        })
+    }
+}
+
+fn default_heartbeat() -> String {
+    "25s".to_owned()
+}
+
+fn default_log() -> String {
+    "info".to_owned()
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    let at = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at(at);
+    let number: u64 = number.parse().ok()?;
+    match unit {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" => Some(Duration::from_secs(number)),
+        _ => None,
+    }
+}
+
+/// The file that `init` writes.
+pub(crate) fn render(
+    agent: SocketAddr,
+    admin: SocketAddr,
+    names: &[String],
+    database: Option<&str>,
+) -> String {
+    let names = names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+    let database = match database {
+        Some(url) => format!("database = {url:?}"),
+        None => "# database = \"sqlite:/path/to/manager.db\"".to_owned(),
+    };
+    format!(
+        r#"# Threat Management manager. `tm-manager check-config --data DIR` says whether it is right.
+
+# Where agents connect, and where administrators (tmctl) do.
+agent_listen = "{agent}"
+admin_listen = "{admin}"
+
+# Names and addresses under which agents reach this manager; they stand in enrollment tokens.
+public_names = [{names}]
+
+# The database. Without this line: manager.db in this folder.
+{database}
+
+# How often agents and manager ask each other "are you there?".
+heartbeat = "25s"
+
+# What is logged: error, warn, info, debug, trace, or a tracing filter.
+log = "info"
+"#
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_written_configuration_reads_back() {
+        let text = render(
+            "[::]:4433".parse().unwrap(),
+            "127.0.0.1:4434".parse().unwrap(),
+            &["m.example".to_owned(), "2001:db8::1".to_owned()],
+            None,
+        );
+        let config = Config::try_from(toml::from_str::<Raw>(&text).unwrap()).unwrap();
+        assert_eq!(
+            (config.heartbeat, config.log.as_str(), config.database.clone()),
+            (Duration::from_secs(25), "info", None)
+        );
+        let addresses: Vec<String> = config.addresses().iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["m.example:4433", "[2001:db8::1]:4433"]);
+    }
+
+    #[test]
+    fn wrong_values_are_named() {
+        let good = render("[::]:1".parse().unwrap(), "[::]:2".parse().unwrap(), &[], None);
+        for (from, to) in [("25s", "60s"), ("[::]:1", "nowhere"), ("log =", "logg =")] {
+            let text = good.replace(from, to);
+            assert!(toml::from_str::<Raw>(&text).map_or(true, |raw| Config::try_from(raw).is_err()), "{to}");
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! `/v1/endpoints`, and what a target means.
+
+use axum::{Extension, Json, extract::State};
+use tm_api::{
+    endpoint::{Connectivity, EndpointQuery, EndpointView, FailureView, InventoryView, SetGroup},
+    error::{Candidate, Code},
+};
+use tm_protocol::search;
+
+use super::{
+    Actor, AppState,
+    error::{Error, quoted},
+    input::{self, Body, Named, Params},
+    now_ms, rfc3339,
+};
+use crate::store::{
+    Store,
+    endpoints::{EndpointRow, Filter, Meaning},
+};
+
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    Params(query): Params<EndpointQuery>,
+) -> Result<Json<Vec<EndpointView>>, Error> {
+    let filter = Filter {
+        terms: query.search.as_deref().map(terms).transpose()?.unwrap_or_default(),
+        group: query.group,
+        connected: query.connectivity.map(|connectivity| match connectivity {
+            Connectivity::Connected => true,
+            Connectivity::Disconnected => false,
+        }),
+    };
+    Ok(Json(state.store.endpoints(&filter).await?.into_iter().map(view).collect()))
+}
+
+pub(crate) async fn show(
+    State(state): State<AppState>,
+    Named(target): Named,
+) -> Result<Json<EndpointView>, Error> {
+    one(&state.store, &target).await.map(|row| Json(view(row)))
+}
+
+pub(crate) async fn set_group(
+    State(state): State<AppState>,
+    Extension(actor): Extension<Actor>,
+    Named(target): Named,
+    Body(SetGroup { group }): Body<SetGroup>,
+) -> Result<Json<EndpointView>, Error> {
+    input::group(&group)?;
+    let mut row = one(&state.store, &target).await?;
+    if row.group != group {
+        state.store.set_group(&row, &group, &actor.name, now_ms()).await?;
+        row.group = group;
+    }
+    Ok(Json(view(row)))
+}
+
+/// Reads a search.
+pub(crate) fn terms(search: &str) -> Result<Vec<search::Term>, Error> {
+    search::parse(search).map_err(|error| Error::invalid(error.to_string()))
+}
+
+/// The one endpoint that a target means.
+pub(crate) async fn one(store: &Store, target: &str) -> Result<EndpointRow, Error> {
+    match store.endpoint_meant(target).await? {
+        Meaning::One(row) => Ok(*row),
+        Meaning::Unknown(near) => Err(Error::new(
+            Code::TargetUnknown,
+            format!("no endpoint has the id, host name or address {}", quoted(target)),
+        )
+        .candidates(candidates(&near))),
+        Meaning::Ambiguous(several) => Err(Error::new(
+            Code::TargetAmbiguous,
+            format!("several endpoints have the host name or address {}", quoted(target)),
+        )
+        .hint("name the one that is meant by its id")
+        .candidates(candidates(&several))),
+    }
+}
+
+/// Rows as candidates.
+pub(crate) fn candidates(rows: &[EndpointRow]) -> Vec<Candidate> {
+    rows.iter()
+        .map(|row| Candidate {
+            id: row.id.to_string(),
+            host: row.host.clone(),
+            addresses: row.addresses.clone(),
+        })
+        .collect()
+}
+
+fn view(row: EndpointRow) -> EndpointView {
+    EndpointView {
+        id: row.id.to_string(),
+        host: row.host,
+        addresses: row.addresses,
+        group: row.group,
+        connectivity: if row.connected { Connectivity::Connected } else { Connectivity::Disconnected },
+        quarantine: "free".to_owned(),
+        restart_reasons: Vec::new(),
+        agent_version: row.agent_version,
+        patterns: Vec::new(),
+        enrolled_at: rfc3339(row.enrolled_ms),
+        last_seen_at: row.last_seen_ms.map(rfc3339),
+        last_failure: row.failure.map(|failure| FailureView {
+            code: failure.code,
+            message: failure.message,
+            at: rfc3339(failure.at_ms),
+        }),
+        inventory: row.inventory.map(|facts| InventoryView {
+            os: facts.os,
+            kernel: facts.kernel,
+            arch: facts.arch,
+            cpu: facts.cpu,
+            cpus: facts.cpus,
+            memory: facts.memory,
+            disks: facts.disks,
+            boot_id: facts.boot_id,
+        }),
+    }
+}

@@ -1,0 +1,131 @@
+//! `/v1/patterns`.
+
+use axum::{
+    Extension, Json,
+    body::Bytes,
+    extract::{FromRequest as _, Request, State},
+};
+use tm_api::{
+    error::Code,
+    pattern::{ImportQuery, PatternView, Problem},
+};
+use tm_patterns::InvalidPattern;
+
+use super::{
+    Actor, AppState,
+    error::{Error, is_too_large, quoted},
+    input::{self, Named, Params},
+    now_ms, rfc3339,
+};
+use crate::{
+    patterns::{self, ImportError},
+    store::{
+        Store,
+        patterns::{PatternRow, ProblemRow},
+    },
+};
+
+pub(crate) async fn import(
+    State(state): State<AppState>,
+    Extension(actor): Extension<Actor>,
+    Params(ImportQuery { name }): Params<ImportQuery>,
+    request: Request,
+) -> Result<Json<PatternView>, Error> {
+    input::pattern_name(&name)?;
+    let turn = patterns::turn().await;
+    let bytes = Bytes::from_request(request, &state).await.map_err(|rejection| {
+        if is_too_large(rejection.status()) {
+            let max = tm_patterns::MAX_SIZE;
+            Error::new(Code::TooLarge, format!("the pattern has more than the {max} bytes that are allowed"))
+        } else {
+            Error::invalid("the pattern did not arrive whole")
+        }
+    })?;
+    let rooms = (&state.store, &state.blobs, &state.worker);
+    let row = patterns::import(turn, rooms, &actor.name, name, bytes.into(), now_ms()).await?;
+    Ok(Json(view(row)))
+}
+
+pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<Vec<PatternView>>, Error> {
+    Ok(Json(state.store.patterns().await?.into_iter().map(view).collect()))
+}
+
+pub(crate) async fn show(
+    State(state): State<AppState>,
+    Named(pattern): Named,
+) -> Result<Json<PatternView>, Error> {
+    one(&state.store, &pattern).await.map(|row| Json(view(row)))
+}
+
+/// The one pattern that `text` (digest, its start, or name) means.
+pub(crate) async fn one(store: &Store, text: &str) -> Result<PatternRow, Error> {
+    let mut meant = store.patterns_meant(text).await?;
+    match (meant.pop(), meant.len()) {
+        (Some(row), 0) => Ok(row),
+        (None, _) => Err(Error::not_found("pattern", text)),
+        (Some(_), others) => Err(Error::new(
+            Code::Conflict,
+            format!("the digests of {} patterns begin with {}", others + 1, quoted(text)),
+        )
+        .hint("give more digits, or the name")),
+    }
+}
+
+fn view(row: PatternRow) -> PatternView {
+    PatternView {
+        sha256: row.reference.sha256.to_string(),
+        name: row.reference.name,
+        kind: row.kind,
+        size: row.reference.size,
+        rules: row.rules,
+        imported_by: row.imported_by,
+        imported_at: rfc3339(row.imported_ms),
+        warnings: row
+            .warnings
+            .into_iter()
+            .map(|ProblemRow { line, column, message }| Problem { line, column, message })
+            .collect(),
+    }
+}
+
+impl From<ImportError> for Error {
+    fn from(error: ImportError) -> Self {
+        let refused = |message: String| Self::new(Code::PatternRefused, message);
+        match error {
+            ImportError::Invalid(invalid) => {
+                let message = invalid.to_string();
+                match invalid {
+                    InvalidPattern::TooLarge { .. } => Self::new(Code::TooLarge, message),
+                    InvalidPattern::NotText { line } => {
+                        let line = u32::try_from(line).unwrap_or(u32::MAX);
+                        let problem = Problem { line, column: 0, message: "not UTF-8 text".to_owned() };
+                        refused(message).problems(vec![problem])
+                    }
+                    InvalidPattern::Empty | InvalidPattern::Compiled | InvalidPattern::Digest { .. } => {
+                        refused(message)
+                    }
+                }
+            }
+            ImportError::Refused(problems) => {
+                let problems = problems
+                    .into_iter()
+                    .map(|tm_patterns::Problem { line, column, message }| Problem { line, column, message })
+                    .collect();
+                refused("the pattern does not compile".to_owned()).problems(problems)
+            }
+            ImportError::Hostile(what) => refused(format!("the pattern {what}"))
+                .hint("a pattern that a compiler cannot bear is not used"),
+            ImportError::OtherName(name) => Self::new(
+                Code::AlreadyExists,
+                format!("the same bytes are already here under the name {}", quoted(&name)),
+            )
+            .hint("use that name"),
+            ImportError::Store(error) => error.into(),
+            internal @ (ImportError::Check(_) | ImportError::Blob(_) | ImportError::Task(_)) => {
+                Self::new(Code::Internal, internal.to_string())
+                    .hint("the manager's log says more")
+                    .cause(internal)
+            }
+        }
+    }
+}

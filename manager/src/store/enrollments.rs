@@ -1,0 +1,131 @@
+//! Enrollment and certificates.
+
+use serde_json::json;
+use sqlx::Row as _;
+use tm_protocol::ids::{EndpointId, Sha256};
+
+use super::{
+    Store, StoreError,
+    audit::{Entry, append},
+};
+
+/// An endpoint that asks to be let in.
+#[derive(Debug)]
+pub(crate) struct NewEndpoint<'a> {
+    pub(crate) id: EndpointId,
+    pub(crate) host: &'a str,
+    pub(crate) agent_version: &'a str,
+    pub(crate) serial: &'a str,
+    pub(crate) not_after_ms: i64,
+}
+
+/// Why a token lets nobody in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TokenRefusal {
+    Unknown,
+    Revoked,
+    Expired,
+    UsedUp,
+}
+
+/// How a certificate stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CertificateStatus {
+    Enrolled,
+    Revoked,
+    Unknown,
+}
+
+impl Store {
+    /// Counts one use of the token and enters the endpoint, with its certificate and audit record, in one
+    /// transaction.
+    pub(crate) async fn use_token(
+        &self,
+        secret_digest: Sha256,
+        new: NewEndpoint<'_>,
+        now_ms: i64,
+    ) -> Result<Result<(), TokenRefusal>, StoreError> {
+        let mut tx = self.begin().await?;
+        let row = sqlx::query(
+            "SELECT id, group_name, uses, used, expires_ms, revoked_ms FROM enrollment_token WHERE secret_digest = $1",
+        )
+        .bind(secret_digest.to_string())
+        .fetch_optional(&mut *tx)
+        .await
+        .map_err(StoreError::query("look a token up"))?;
+        let Some(row) = row else { return Ok(Err(TokenRefusal::Unknown)) };
+        let (id, group): (String, String) = (row.get(0), row.get(1));
+        if row.get::<Option<i64>, _>(5).is_some() {
+            return Ok(Err(TokenRefusal::Revoked));
+        }
+        if row.get::<i64, _>(4) <= now_ms {
+            return Ok(Err(TokenRefusal::Expired));
+        }
+        // The condition stands in the statement too: two managers may count at once.
+        let counted =
+            sqlx::query("UPDATE enrollment_token SET used = used + 1 WHERE id = $1 AND used < uses")
+                .bind(id.as_str())
+                .execute(&mut *tx)
+                .await
+                .map_err(StoreError::query("count a token's use"))?;
+        if counted.rows_affected() == 0 {
+            return Ok(Err(TokenRefusal::UsedUp));
+        }
+        let endpoint = new.id.to_string();
+        sqlx::query(
+            "INSERT INTO endpoint (id, host, host_key, group_name, agent_version, enrolled_ms, token_id, session_epoch,
+             task_kinds, stored_through) VALUES ($1, $2, $3, $4, $5, $6, $7, 0, '[]', 0)",
+        )
+        .bind(endpoint.as_str())
+        .bind(new.host)
+        .bind(new.host.to_lowercase())
+        .bind(group)
+        .bind(new.agent_version)
+        .bind(now_ms)
+        .bind(id.as_str())
+        .execute(&mut *tx)
+        .await
+        .map_err(StoreError::query("enter an endpoint"))?;
+        sqlx::query(
+            "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms) VALUES ($1, $2, $3, $4)",
+        )
+        .bind(new.serial)
+        .bind(endpoint.as_str())
+        .bind(now_ms)
+        .bind(new.not_after_ms)
+        .execute(&mut *tx)
+        .await
+        .map_err(StoreError::query("enter a certificate"))?;
+        let actor = format!("token {id}");
+        let detail = json!({ "host": new.host, "serial": new.serial });
+        let entry = Entry {
+            actor: &actor,
+            action: "endpoint.enroll",
+            subject: endpoint.as_str(),
+            detail,
+            at_ms: now_ms,
+        };
+        append(&mut tx, entry).await?;
+        Self::commit(tx).await?;
+        Ok(Ok(()))
+    }
+
+    /// How the certificate with this serial stands, if it is this endpoint's.
+    pub(crate) async fn certificate_status(
+        &self,
+        endpoint: EndpointId,
+        serial: &str,
+    ) -> Result<CertificateStatus, StoreError> {
+        let row = sqlx::query("SELECT revoked_ms FROM certificate WHERE serial = $1 AND endpoint_id = $2")
+            .bind(serial)
+            .bind(endpoint.to_string())
+            .fetch_optional(self.reader())
+            .await
+            .map_err(StoreError::query("look a certificate up"))?;
+        Ok(match row.map(|row| row.get::<Option<i64>, _>(0)) {
+            None => CertificateStatus::Unknown,
+            Some(None) => CertificateStatus::Enrolled,
+            Some(Some(_)) => CertificateStatus::Revoked,
+        })
+    }
+}

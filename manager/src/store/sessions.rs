@@ -1,0 +1,191 @@
+//! Sessions: who is connected where, what agents say of themselves, when they were last heard of.
+
+use std::net::IpAddr;
+
+use serde::Serialize;
+use sqlx::Row as _;
+use tm_protocol::{
+    ids::{EndpointId, ManagerId},
+    message::{Disk, Hello, Inventory, Progress},
+    search::address_key,
+};
+
+use super::{Store, StoreError};
+
+/// What an opened session begins with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Opened {
+    /// Counts this endpoint's sessions.
+    pub(crate) epoch: i64,
+    /// The highest report of the agent's stream that is stored.
+    pub(crate) stored_through: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct InventoryRow<'a> {
+    os: &'a str,
+    kernel: &'a str,
+    arch: &'a str,
+    cpu: &'a str,
+    cpus: u32,
+    memory: u64,
+    disks: &'a [Disk],
+    boot_id: &'a str,
+}
+
+impl Store {
+    /// Nobody is connected to a manager that has just started.
+    pub(crate) async fn forget_sessions(&self, manager: ManagerId) -> Result<(), StoreError> {
+        let mut tx = self.begin().await?;
+        sqlx::query("UPDATE endpoint SET manager_id = NULL WHERE manager_id = $1")
+            .bind(manager.to_string())
+            .execute(&mut *tx)
+            .await
+            .map_err(StoreError::query("forget old sessions"))?;
+        Self::commit(tx).await
+    }
+
+    /// Notes a new session.
+    pub(crate) async fn open_session(
+        &self,
+        endpoint: EndpointId,
+        manager: ManagerId,
+        hello: &Hello,
+        now_ms: i64,
+    ) -> Result<Opened, StoreError> {
+        let mut tx = self.begin().await?;
+        let failure = hello.last_failure.as_ref();
+        let kinds = serde_json::to_string(&hello.task_kinds).unwrap_or_else(|_| "[]".to_owned());
+        let stream = hello.stream.to_string();
+        let row = sqlx::query(
+            "UPDATE endpoint SET manager_id = $2, session_epoch = session_epoch + 1, agent_version = $3, boot_id = $4,
+             task_kinds = $5, last_seen_ms = $6, failure_code = COALESCE($7, failure_code),
+             failure_message = COALESCE($8, failure_message), failure_ms = COALESCE($9, failure_ms),
+             stored_through = CASE WHEN stream = $10 THEN stored_through ELSE 0 END, stream = $10
+             WHERE id = $1 RETURNING session_epoch, stored_through",
+        )
+        .bind(endpoint.to_string())
+        .bind(manager.to_string())
+        .bind(hello.agent_version.as_str())
+        .bind(hello.boot_id.as_str())
+        .bind(kinds)
+        .bind(now_ms)
+        .bind(failure.map(|f| f.code.clone()))
+        .bind(failure.map(|f| f.message.clone()))
+        .bind(failure.map(|_| now_ms))
+        .bind(stream)
+        .fetch_one(&mut *tx)
+        .await
+        .map_err(StoreError::query("open a session"))?;
+        let opened =
+            Opened { epoch: row.get(0), stored_through: u64::try_from(row.get::<i64, _>(1)).unwrap_or(0) };
+        Self::commit(tx).await?;
+        Ok(opened)
+    }
+
+    /// Notes a session's end, unless a newer one has begun.
+    pub(crate) async fn close_session(
+        &self,
+        endpoint: EndpointId,
+        epoch: i64,
+        now_ms: i64,
+    ) -> Result<(), StoreError> {
+        let mut tx = self.begin().await?;
+        sqlx::query(
+            "UPDATE endpoint SET manager_id = NULL, last_seen_ms = $3 WHERE id = $1 AND session_epoch = $2",
+        )
+        .bind(endpoint.to_string())
+        .bind(epoch)
+        .bind(now_ms)
+        .execute(&mut *tx)
+        .await
+        .map_err(StoreError::query("close a session"))?;
+        Self::commit(tx).await
+    }
+
+    /// Writes down when endpoints were heard of and how far tasks are, all in one transaction.
+    pub(crate) async fn flush_seen(
+        &self,
+        seen: &[EndpointId],
+        progress: &[(EndpointId, Progress)],
+        now_ms: i64,
+    ) -> Result<(), StoreError> {
+        if seen.is_empty() && progress.is_empty() {
+            return Ok(());
+        }
+        let mut tx = self.begin().await?;
+        for endpoint in seen {
+            sqlx::query("UPDATE endpoint SET last_seen_ms = $2 WHERE id = $1")
+                .bind(endpoint.to_string())
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await
+                .map_err(StoreError::query("note who was seen"))?;
+        }
+        for (endpoint, p) in progress {
+            let json = serde_json::json!({
+                "files": p.files, "bytes": p.bytes, "detections": p.detections, "skipped": p.skipped,
+            });
+            sqlx::query(
+                "UPDATE task SET progress = $3 WHERE id = $1 AND endpoint_id = $2 AND state = 'running'",
+            )
+            .bind(p.task.to_string())
+            .bind(endpoint.to_string())
+            .bind(json.to_string())
+            .execute(&mut *tx)
+            .await
+            .map_err(StoreError::query("note progress"))?;
+        }
+        Self::commit(tx).await
+    }
+
+    /// Replaces what is known of an endpoint by what its agent says. Addresses that are none are left out.
+    pub(crate) async fn record_inventory(
+        &self,
+        endpoint: EndpointId,
+        facts: &Inventory,
+    ) -> Result<(), StoreError> {
+        let row = InventoryRow {
+            os: &facts.os,
+            kernel: &facts.kernel,
+            arch: &facts.arch,
+            cpu: &facts.cpu,
+            cpus: facts.cpus,
+            memory: facts.memory,
+            disks: &facts.disks,
+            boot_id: &facts.boot_id,
+        };
+        let json = serde_json::to_string(&row).map_err(|_| StoreError::content("inventory", "unwritable"))?;
+        let id = endpoint.to_string();
+        let mut tx = self.begin().await?;
+        sqlx::query(
+            "UPDATE endpoint SET host = $2, host_key = $3, inventory = $4, agent_version = $5 WHERE id = $1",
+        )
+        .bind(id.as_str())
+        .bind(facts.host.as_str())
+        .bind(facts.host.to_lowercase())
+        .bind(json)
+        .bind(facts.agent_version.as_str())
+        .execute(&mut *tx)
+        .await
+        .map_err(StoreError::query("record an inventory"))?;
+        sqlx::query("DELETE FROM endpoint_address WHERE endpoint_id = $1")
+            .bind(id.as_str())
+            .execute(&mut *tx)
+            .await
+            .map_err(StoreError::query("replace addresses"))?;
+        for address in facts.addresses.iter().filter_map(|a| a.parse::<IpAddr>().ok()) {
+            sqlx::query(
+                "INSERT INTO endpoint_address (endpoint_id, address_key, address) VALUES ($1, $2, $3)
+                 ON CONFLICT (endpoint_id, address_key) DO NOTHING",
+            )
+            .bind(id.as_str())
+            .bind(address_key(address))
+            .bind(address.to_string())
+            .execute(&mut *tx)
+            .await
+            .map_err(StoreError::query("record an address"))?;
+        }
+        Self::commit(tx).await
+    }
+}

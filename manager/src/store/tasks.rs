@@ -1,0 +1,466 @@
+//! Tasks as administrators order and see them. What is due is `due`, what comes of it `reports`.
+
+use std::collections::BTreeMap;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::json;
+use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
+use tm_protocol::{
+    ids::{EndpointId, TaskId},
+    report::{PathBytes, Verdict},
+    task::{PatternRef, ScanLimits, ScanSpec, TaskSpec, TaskState},
+};
+
+use super::{
+    Store, StoreError,
+    audit::{self, Entry},
+};
+
+const SELECT: &str = "SELECT task.id, task.endpoint_id, endpoint.host, task.kind, task.state, task.code,
+        task.message, task.progress, task.result, task.issuer, task.reason, task.created_ms, task.expires_ms,
+        task.started_ms, task.finished_ms
+    FROM task JOIN endpoint ON endpoint.id = task.endpoint_id";
+
+/// A task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TaskRow {
+    pub(crate) id: TaskId,
+    pub(crate) endpoint: EndpointId,
+    pub(crate) host: String,
+    pub(crate) kind: String,
+    pub(crate) state: TaskState,
+    pub(crate) code: Option<String>,
+    pub(crate) message: Option<String>,
+    pub(crate) progress: Option<ProgressRow>,
+    pub(crate) result: Option<ResultRow>,
+    pub(crate) issuer: String,
+    pub(crate) reason: String,
+    pub(crate) created_ms: i64,
+    pub(crate) expires_ms: i64,
+    pub(crate) started_ms: Option<i64>,
+    pub(crate) finished_ms: Option<i64>,
+}
+
+/// How far a running scan is.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(crate) struct ProgressRow {
+    pub(crate) files: u64,
+    pub(crate) bytes: u64,
+    pub(crate) detections: u64,
+    pub(crate) skipped: u64,
+}
+
+/// What a scan came to.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(crate) struct ResultRow {
+    pub(crate) verdict: Verdict,
+    pub(crate) files: u64,
+    pub(crate) bytes: u64,
+    pub(crate) detections: u64,
+    pub(crate) skipped: BTreeMap<String, u64>,
+    pub(crate) samples: Vec<SampleRow>,
+    pub(crate) elapsed_ms: u64,
+    pub(crate) cpu_ms: u64,
+}
+
+/// One thing that was not looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(crate) struct SampleRow {
+    path_b64: String,
+    member_b64: Vec<String>,
+    pub(crate) reason: String,
+}
+
+impl SampleRow {
+    /// The path and the names of the member in it.
+    ///
+    /// # Errors
+    /// If what is stored is not base64.
+    pub(crate) fn place(&self) -> Result<(Vec<u8>, Vec<Vec<u8>>), StoreError> {
+        Ok((bytes(&self.path_b64)?, self.member_b64.iter().map(|m| bytes(m)).collect::<Result<_, _>>()?))
+    }
+}
+
+/// One detection of a scan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DetectionRow {
+    pub(crate) ordinal: i64,
+    pub(crate) endpoint: String,
+    pub(crate) path: Vec<u8>,
+    pub(crate) member: Vec<Vec<u8>>,
+    /// The pattern's name; `None` if the pattern is no longer known.
+    pub(crate) pattern: Option<String>,
+    pub(crate) pattern_sha256: String,
+    pub(crate) rule: String,
+    pub(crate) sha256: String,
+    pub(crate) size: u64,
+    pub(crate) found_ms: i64,
+}
+
+/// One order, for any number of endpoints.
+#[derive(Debug, Clone)]
+pub(crate) struct Order<'a> {
+    pub(crate) spec: &'a TaskSpec,
+    pub(crate) issuer: &'a str,
+    pub(crate) reason: &'a str,
+    pub(crate) expires_in_ms: i64,
+    pub(crate) deadline_ms: i64,
+}
+
+/// For whom, under which id.
+#[derive(Debug, Clone)]
+pub(crate) struct Recipient {
+    pub(crate) task: TaskId,
+    pub(crate) endpoint: EndpointId,
+    pub(crate) host: String,
+}
+
+/// Which tasks; all by default.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct TaskFilter {
+    pub(crate) id: Option<TaskId>,
+    pub(crate) endpoint: Option<EndpointId>,
+    pub(crate) state: Option<TaskState>,
+}
+
+impl Store {
+    /// Stores one task for each recipient and a record for each in the audit log, all or none.
+    ///
+    /// # Errors
+    /// If the database refuses; there is then no task.
+    pub(crate) async fn create_tasks(
+        &self,
+        order: &Order<'_>,
+        recipients: Vec<Recipient>,
+        now_ms: i64,
+    ) -> Result<Vec<TaskRow>, StoreError> {
+        let spec = spec_to_json(order.spec);
+        let kind = order.spec.kind().word();
+        let expires_ms = now_ms.saturating_add(order.expires_in_ms);
+        let action = match order.spec {
+            TaskSpec::Scan(_) => "scan.start",
+        };
+        let mut tx = self.begin().await?;
+        let mut rows = Vec::with_capacity(recipients.len());
+        for Recipient { task, endpoint, host } in recipients {
+            sqlx::query(
+                "INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms,
+                    deadline_ms)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+            )
+            .bind(task.to_string())
+            .bind(endpoint.to_string())
+            .bind(kind)
+            .bind(spec.clone())
+            .bind(TaskState::Queued.word())
+            .bind(order.issuer.to_owned())
+            .bind(order.reason.to_owned())
+            .bind(now_ms)
+            .bind(expires_ms)
+            .bind(order.deadline_ms)
+            .execute(&mut *tx)
+            .await
+            .map_err(StoreError::query("create a task"))?;
+            let entry = Entry {
+                actor: order.issuer,
+                action,
+                subject: &task.to_string(),
+                detail: json!({
+                    "endpoint": endpoint.to_string(),
+                    "host": host,
+                    "what": what(order.spec),
+                    "reason": order.reason,
+                    "expires_ms": expires_ms,
+                    "deadline_ms": order.deadline_ms,
+                }),
+                at_ms: now_ms,
+            };
+            audit::append(&mut tx, entry).await?;
+            rows.push(TaskRow {
+                id: task,
+                endpoint,
+                host,
+                kind: kind.to_owned(),
+                state: TaskState::Queued,
+                code: None,
+                message: None,
+                progress: None,
+                result: None,
+                issuer: order.issuer.to_owned(),
+                reason: order.reason.to_owned(),
+                created_ms: now_ms,
+                expires_ms,
+                started_ms: None,
+                finished_ms: None,
+            });
+        }
+        Self::commit(tx).await?;
+        Ok(rows)
+    }
+
+    /// The tasks that fit, newest first, at most `limit`.
+    ///
+    /// # Errors
+    /// If the database cannot be read or holds a task that is not one.
+    pub(crate) async fn tasks(&self, filter: &TaskFilter, limit: u32) -> Result<Vec<TaskRow>, StoreError> {
+        let wanted = [
+            ("task.id", filter.id.map(|id| id.to_string())),
+            ("task.endpoint_id", filter.endpoint.map(|id| id.to_string())),
+            ("task.state", filter.state.map(|state| state.word().to_owned())),
+        ];
+        let mut sql = format!("{SELECT} WHERE 1 = 1");
+        let mut values = Vec::new();
+        for (column, value) in wanted {
+            if let Some(value) = value {
+                values.push(value);
+                sql.push_str(&format!(" AND {column} = ${}", values.len()));
+            }
+        }
+        sql.push_str(&format!(" ORDER BY task.created_ms DESC, task.id DESC LIMIT {limit}"));
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for value in values {
+            query = query.bind(value);
+        }
+        query
+            .fetch_all(self.reader())
+            .await
+            .map_err(StoreError::query("list the tasks"))?
+            .iter()
+            .map(task)
+            .collect()
+    }
+
+    /// One task.
+    ///
+    /// # Errors
+    /// As [`Store::tasks`].
+    pub(crate) async fn task(&self, id: TaskId) -> Result<Option<TaskRow>, StoreError> {
+        Ok(self.tasks(&TaskFilter { id: Some(id), ..TaskFilter::default() }, 1).await?.pop())
+    }
+
+    /// Detections of a task after the `after`th, by number, at most `limit`.
+    ///
+    /// # Errors
+    /// If the database cannot be read or holds a detection that is not one.
+    pub(crate) async fn detections(
+        &self,
+        task: TaskId,
+        after: i64,
+        limit: u32,
+    ) -> Result<Vec<DetectionRow>, StoreError> {
+        sqlx::query(
+            "SELECT detection.ordinal, detection.endpoint_id, detection.path, detection.member, pattern.name,
+                    detection.pattern_sha256, detection.rule, detection.sha256, detection.size,
+                    detection.found_ms
+             FROM detection LEFT JOIN pattern ON pattern.sha256 = detection.pattern_sha256
+             WHERE detection.task_id = $1 AND detection.ordinal > $2 ORDER BY detection.ordinal LIMIT $3",
+        )
+        .bind(task.to_string())
+        .bind(after)
+        .bind(i64::from(limit))
+        .fetch_all(self.reader())
+        .await
+        .map_err(StoreError::query("list a task's detections"))?
+        .iter()
+        .map(detection)
+        .collect()
+    }
+}
+
+/// A spec as the `spec` column holds it.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum SpecRow {
+    Scan { paths_b64: Vec<String>, patterns: Vec<PatternRef>, limits: ScanLimits },
+}
+
+fn spec_to_json(spec: &TaskSpec) -> String {
+    let row = match spec {
+        TaskSpec::Scan(scan) => SpecRow::Scan {
+            paths_b64: scan.paths.iter().map(|path| STANDARD.encode(&path.0)).collect(),
+            patterns: scan.patterns.clone(),
+            limits: scan.limits,
+        },
+    };
+    serde_json::to_string(&row).expect("a spec is plain data")
+}
+
+/// Reads the `spec` column.
+///
+/// # Errors
+/// If it was not written by this room.
+pub(crate) fn spec_from_json(text: &str) -> Result<TaskSpec, StoreError> {
+    match json::<SpecRow>("task spec", text)? {
+        SpecRow::Scan { paths_b64, patterns, limits } => {
+            let paths = paths_b64.iter().map(|p| bytes(p).map(PathBytes)).collect::<Result<_, _>>()?;
+            Ok(TaskSpec::Scan(ScanSpec { paths, patterns, limits }))
+        }
+    }
+}
+
+/// A spec for the audit log.
+fn what(spec: &TaskSpec) -> serde_json::Value {
+    match spec {
+        TaskSpec::Scan(scan) => json!({
+            "paths": scan.paths.iter().map(PathBytes::to_string).collect::<Vec<_>>(),
+            "patterns": scan.patterns.iter().map(|p| p.sha256.to_string()).collect::<Vec<_>>(),
+            "limits": scan.limits,
+        }),
+    }
+}
+
+fn task(row: &AnyRow) -> Result<TaskRow, StoreError> {
+    let (id, endpoint, state): (String, String, String) = (row.get(0), row.get(1), row.get(4));
+    let (progress, result): (Option<String>, Option<String>) = (row.get(7), row.get(8));
+    Ok(TaskRow {
+        id: id.parse().map_err(|_| StoreError::content("task id", id))?,
+        endpoint: endpoint.parse().map_err(|_| StoreError::content("endpoint id", endpoint))?,
+        host: row.get(2),
+        kind: row.get(3),
+        state: TaskState::from_word(&state).ok_or_else(|| StoreError::content("task state", state))?,
+        code: row.get(5),
+        message: row.get(6),
+        progress: progress.map(|text| json("progress", &text)).transpose()?,
+        result: result.map(|text| json("result", &text)).transpose()?,
+        issuer: row.get(9),
+        reason: row.get(10),
+        created_ms: row.get(11),
+        expires_ms: row.get(12),
+        started_ms: row.get(13),
+        finished_ms: row.get(14),
+    })
+}
+
+fn detection(row: &AnyRow) -> Result<DetectionRow, StoreError> {
+    let member: String = row.get(3);
+    let size: i64 = row.get(8);
+    Ok(DetectionRow {
+        ordinal: row.get(0),
+        endpoint: row.get(1),
+        path: row.get(2),
+        member: json::<Vec<String>>("member", &member)?.iter().map(|m| bytes(m)).collect::<Result<_, _>>()?,
+        pattern: row.get(4),
+        pattern_sha256: row.get(5),
+        rule: row.get(6),
+        sha256: row.get(7),
+        size: u64::try_from(size).map_err(|_| StoreError::content("size", size.to_string()))?,
+        found_ms: row.get(9),
+    })
+}
+
+fn json<T: DeserializeOwned>(what: &'static str, text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|_| StoreError::content(what, text))
+}
+
+fn bytes(text: &str) -> Result<Vec<u8>, StoreError> {
+    STANDARD.decode(text).map_err(|_| StoreError::content("base64 text", text))
+}
+
+#[cfg(test)]
+mod tests {
+    use tm_protocol::ids::Sha256;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::store::{endpoints::tests::put, tests::scratch};
+
+    fn spec() -> TaskSpec {
+        TaskSpec::Scan(ScanSpec {
+            paths: vec![PathBytes(b"/srv/\xff\n".to_vec())],
+            patterns: vec![PatternRef { sha256: Sha256::new([1; 32]), size: 3, name: "p".to_owned() }],
+            limits: ScanLimits::default(),
+        })
+    }
+
+    #[test]
+    fn a_spec_survives_the_column() {
+        assert_eq!(spec_from_json(&spec_to_json(&spec())).unwrap(), spec());
+        for text in ["", "{}", r#"{"scan":{}}"#, r#"{"run":{"command":"id"}}"#] {
+            assert!(spec_from_json(text).is_err(), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_order_is_stored_whole_or_not_at_all() {
+        let (store, _folder) = scratch().await;
+        let endpoint = put(&store, 1, "a", &[], true).await;
+        let recipient = |task, endpoint| Recipient {
+            task: TaskId::new(Uuid::from_u128(task)),
+            endpoint,
+            host: "a".to_owned(),
+        };
+        let order =
+            Order { spec: &spec(), issuer: "root", reason: "why", expires_in_ms: 10, deadline_ms: 20 };
+        let nowhere = EndpointId::new(Uuid::from_u128(99));
+        let half = vec![recipient(1, endpoint), recipient(2, nowhere)];
+        store.create_tasks(&order, half, 100).await.unwrap_err();
+        assert_eq!(store.tasks(&TaskFilter::default(), 9).await.unwrap(), []);
+        assert_eq!(store.audit_after(0, 9).await.unwrap(), []);
+
+        let made = store.create_tasks(&order, vec![recipient(1, endpoint)], 100).await.unwrap();
+        assert_eq!(made, store.tasks(&TaskFilter::default(), 9).await.unwrap());
+        assert_eq!((made[0].state, made[0].expires_ms), (TaskState::Queued, 110));
+        let later = store.create_tasks(&order, vec![recipient(0, endpoint)], 101).await.unwrap();
+        let here = TaskFilter { endpoint: Some(endpoint), ..TaskFilter::default() };
+        assert_eq!(store.tasks(&here, 1).await.unwrap(), later);
+        let done = TaskFilter { state: Some(TaskState::Done), ..TaskFilter::default() };
+        assert_eq!(store.tasks(&done, 9).await.unwrap(), []);
+        let log = store.audit_after(0, 9).await.unwrap();
+        assert_eq!(log.iter().map(|r| r.action.as_str()).collect::<Vec<_>>(), ["scan.start", "scan.start"]);
+        assert!(log[0].detail.contains(r"/srv/\\xff\\n"), "{}", log[0].detail);
+    }
+
+    #[tokio::test]
+    async fn a_result_and_its_detections_are_read_back() {
+        let (store, _folder) = scratch().await;
+        let endpoint = put(&store, 1, "a", &[], true).await;
+        let id = TaskId::new(Uuid::from_u128(5));
+        let order = Order { spec: &spec(), issuer: "root", reason: "", expires_in_ms: 1, deadline_ms: 1 };
+        let recipient = Recipient { task: id, endpoint, host: "a".to_owned() };
+        store.create_tasks(&order, vec![recipient], 1).await.unwrap();
+        let result = json!({
+            "verdict": "detected", "files": 3, "bytes": 4, "detections": 2, "skipped": { "encrypted": 1 },
+            "samples": [{ "path_b64": "L2E=", "member_b64": ["/w=="], "reason": "encrypted" }],
+            "elapsed_ms": 1500, "cpu_ms": 10,
+        });
+        let mut tx = store.begin().await.unwrap();
+        sqlx::query("UPDATE task SET state = 'done', result = $1, progress = $2, finished_ms = 9")
+            .bind(result.to_string())
+            .bind(json!({ "files": 1, "bytes": 2, "detections": 0, "skipped": 0 }).to_string())
+            .execute(&mut *tx)
+            .await
+            .unwrap();
+        for ordinal in 1..=2_i64 {
+            sqlx::query(
+                "INSERT INTO detection (task_id, ordinal, endpoint_id, path, member, pattern_sha256, rule,
+                    sha256, size, found_ms)
+                 VALUES ($1, $2, $3, $4, $5, 'p', 'r', 's', 12, 13)",
+            )
+            .bind(id.to_string())
+            .bind(ordinal)
+            .bind(endpoint.to_string())
+            .bind(b"/a\xff".to_vec())
+            .bind(r#"["/w=="]"#)
+            .execute(&mut *tx)
+            .await
+            .unwrap();
+        }
+        Store::commit(tx).await.unwrap();
+
+        let row = store.task(id).await.unwrap().unwrap();
+        let result = row.result.unwrap();
+        assert_eq!(
+            (row.state, row.finished_ms, result.verdict),
+            (TaskState::Done, Some(9), Verdict::Detected)
+        );
+        assert_eq!(result.samples[0].place().unwrap(), (b"/a".to_vec(), vec![vec![0xff]]));
+        assert_eq!(row.progress.unwrap().bytes, 2);
+        let page = store.detections(id, 1, 5).await.unwrap();
+        assert_eq!(page.len(), 1);
+        assert_eq!((page[0].ordinal, page[0].path.as_slice(), page[0].size), (2, &b"/a\xff"[..], 12));
+        assert_eq!((page[0].member.clone(), page[0].pattern.clone()), (vec![vec![0xff]], None));
+        assert_eq!(store.detections(id, 0, 1).await.unwrap()[0].ordinal, 1);
+        assert_eq!(store.task(TaskId::new(Uuid::from_u128(6))).await.unwrap(), None);
+    }
+}

@@ -1,0 +1,58 @@
+//! The demo's sample folders.
+//!
+//! **Invariant:** the test file's 68 bytes stand nowhere in the repository or in this program as one piece,
+//! so that no scanner takes either for the test file.
+
+use std::{
+    fs,
+    io::{Cursor, Write as _},
+    path::Path,
+};
+
+use anyhow::Context as _;
+use flate2::{Compression, write::GzEncoder};
+use zip::{ZipWriter, write::SimpleFileOptions};
+
+/// The two halves of the EICAR anti-virus test file.
+const HALVES: [&str; 2] = [r"X5O!P%@AP[4\PZX54(P^)7CC)7}$EICAR-", "STANDARD-ANTIVIRUS-TEST-FILE!$H+H*"];
+
+/// The file that holds the test file itself.
+pub(crate) const PLAIN: &str = "invoice.com";
+/// The archive that holds [`INNER`].
+pub(crate) const ARCHIVE: &str = "backup.tar.gz";
+/// The archive within [`ARCHIVE`].
+pub(crate) const INNER: &str = "inner.zip";
+/// The test file's name within [`INNER`].
+pub(crate) const MEMBER: &str = "eicar.com";
+/// The file that looks like it and is harmless in every scanner's eyes.
+pub(crate) const LOOK_ALIKE: &str = "look-alike.txt";
+
+/// Fills `folder` with one plain test file, one in a zip in a tar.gz, and a look-alike.
+pub(crate) fn drop_into(folder: &Path) -> anyhow::Result<()> {
+    fs::create_dir(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+    let eicar = HALVES.concat();
+    let put = |name: &str, bytes: &[u8]| {
+        let path = folder.join(name);
+        fs::write(&path, bytes).with_context(|| format!("cannot write `{}`", path.display()))
+    };
+    put(PLAIN, eicar.as_bytes())?;
+    put(ARCHIVE, &tar_gz(INNER, &zip(MEMBER, eicar.as_bytes())?)?)?;
+    // The same letters, one place further on: the rule wants them at the beginning.
+    put(LOOK_ALIKE, format!("The test file begins with {}.\n", &eicar[..40]).as_bytes())
+}
+
+fn zip(name: &str, content: &[u8]) -> anyhow::Result<Vec<u8>> {
+    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+    zip.start_file(name, SimpleFileOptions::default())?;
+    zip.write_all(content)?;
+    Ok(zip.finish()?.into_inner())
+}
+
+fn tar_gz(name: &str, content: &[u8]) -> anyhow::Result<Vec<u8>> {
+    let mut tar = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::default()));
+    let mut header = tar::Header::new_gnu();
+    header.set_size(u64::try_from(content.len())?);
+    header.set_mode(0o644);
+    tar.append_data(&mut header, name, content)?;
+    Ok(tar.into_inner()?.finish()?)
+}

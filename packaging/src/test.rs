@@ -1,0 +1,102 @@
+//! `cargo xtask test`: what is missing is installed, the programs are built, every test is run.
+//!
+//! The runner's own summary stays the last thing but one line that is printed.
+
+use std::{
+    process::{Command, ExitCode, ExitStatus},
+    time::Instant,
+};
+
+use anyhow::Context as _;
+
+use crate::programs;
+
+/// A program that tests need, the package it comes in, and what cannot run without it.
+const NEEDED: [(&str, &str, &str); 4] = [
+    ("strace", "strace", "tests that watch or fail single system calls"),
+    ("nft", "nftables", "tests of network rules"),
+    ("ip", "iproute2", "tests in network namespaces"),
+    ("sqlite3", "sqlite3", "the test that tampers with the audit log"),
+];
+
+/// Runs everything; the code is the test runner's.
+pub(crate) fn run(long: bool) -> ExitCode {
+    let begin = Instant::now();
+    let ended = install_missing().and_then(|()| build()).and_then(|()| tests(long));
+    let elapsed = begin.elapsed().as_secs();
+    match ended {
+        Ok(status) if status.success() => {
+            eprintln!("xtask test: passed in {elapsed} s");
+            ExitCode::SUCCESS
+        }
+        Ok(status) => {
+            eprintln!("xtask test: FAILED in {elapsed} s ({status})");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}\nxtask test: FAILED in {elapsed} s");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Installs missing tools where that is possible, and says what cannot run where it is not.
+fn install_missing() -> anyhow::Result<()> {
+    let missing: Vec<_> = NEEDED.iter().filter(|(program, ..)| !programs::is_installed(program)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<&str> = missing.iter().map(|(_, package, _)| *package).collect();
+    let root = rustix::process::geteuid().is_root();
+    let sudo = !root && succeeds(Command::new("sudo").args(["-n", "true"]));
+    if programs::is_installed("apt-get") && (root || sudo) {
+        eprintln!("Installing what tests need and is not here: apt-get install {}", packages.join(" "));
+        let apt = |args: &[&str]| {
+            let mut command = if root { Command::new("apt-get") } else { Command::new("sudo") };
+            if !root {
+                command.args(["-n", "apt-get"]);
+            }
+            command.args(args).env("DEBIAN_FRONTEND", "noninteractive");
+            succeeds(&mut command)
+        };
+        let install = [&["install", "-y", "-q", "--no-install-recommends"], packages.as_slice()].concat();
+        if !apt(&install) && apt(&["update", "-q"]) {
+            apt(&install);
+        }
+    }
+    for (program, package, what) in NEEDED {
+        if !programs::is_installed(program) {
+            eprintln!("warning: `{program}` (package {package}) is missing: {what} cannot run");
+        }
+    }
+    Ok(())
+}
+
+fn succeeds(command: &mut Command) -> bool {
+    command.status().is_ok_and(|status| status.success())
+}
+
+/// The programs: end-to-end tests run them, and a test crate does not build other crates' programs.
+fn build() -> anyhow::Result<()> {
+    let args = ["build", "--locked", "--workspace", "--bins"];
+    eprintln!("Building the programs: cargo {}", args.join(" "));
+    let status = programs::cargo()?.args(args).status().context("cannot run cargo")?;
+    anyhow::ensure!(status.success(), "the programs could not be built");
+    Ok(())
+}
+
+fn tests(long: bool) -> anyhow::Result<ExitStatus> {
+    let mut cargo = programs::cargo()?;
+    let nextest = programs::is_installed("cargo-nextest")
+        || programs::cargo()?.args(["nextest", "--version"]).output().is_ok_and(|out| out.status.success());
+    if nextest {
+        cargo.args(["nextest", "run", "--workspace", "--locked"]);
+    } else {
+        eprintln!("cargo-nextest is not here; using cargo test");
+        cargo.args(["test", "--workspace", "--locked", "--all-targets", "--no-fail-fast"]);
+    }
+    if long {
+        cargo.env("TM_TEST_LONG", "1");
+    }
+    cargo.status().context("cannot run the tests")
+}
