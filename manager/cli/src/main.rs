@@ -1,2 +1,60 @@
-//! Under construction.
-fn main() {}
+//! `tmctl`: the administrator's command line. It speaks only the manager's REST API.
+//!
+//! Data go to standard output, talk to standard error, and the exit code says how it went.
+//!
+//! **Invariant:** text from endpoints or the manager reaches a terminal or a CSV file only through
+//! [`output`] or [`failure`], which make it harmless.
+
+mod cli;
+mod client;
+mod cmds;
+mod duration;
+mod failure;
+mod output;
+mod profile;
+mod tls;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::{
+    cli::{Cli, Command},
+    client::Client,
+    failure::{Exit, Failure},
+    output::Output,
+    profile::Profile,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Failure::Runtime)
+        .and_then(|runtime| runtime.block_on(run(cli)));
+    match done {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            output::say(&failure.report());
+            failure.exit().into()
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<Exit, Failure> {
+    let out = Output::new(cli.output);
+    let client = || -> Result<Client, Failure> { Ok(Client::new(Profile::load(cli.profile.as_deref())?)?) };
+    match cli.command {
+        Command::Endpoint(command) => cmds::endpoint::run(command, &client()?, &out).await,
+        Command::Scan(command) => cmds::scan::run(command, &client()?, &out).await,
+        Command::Task(command) => cmds::task::run(command, &client()?, &out).await,
+        Command::Pattern(command) => cmds::pattern::run(command, &client()?, &out).await,
+        Command::Token(command) => cmds::token::run(command, &client()?, &out).await,
+        Command::Account(command) => cmds::account::run(command, &client()?, &out).await,
+        Command::Audit(command) => cmds::audit::run(command, &client()?, &out).await,
+        Command::Version => cmds::version::run(&client()?, &out).await,
+        Command::Completions { shell } => cmds::completions::shell(shell, &out),
+        Command::Man { folder } => cmds::completions::manual(&folder),
+    }
+}

@@ -1,0 +1,77 @@
+//! `tmctl pattern`.
+
+use std::{fs::File, io::Read as _, path::PathBuf};
+
+use tm_api::pattern::{ImportQuery, PatternView};
+
+use crate::{
+    cli::Pattern,
+    client::Client,
+    failure::{Exit, Failure, problem_line},
+    output::{Column, Output, say},
+};
+
+const COLUMNS: [Column<PatternView>; 7] = [
+    Column::narrow("name", |p| p.name.clone()),
+    Column::narrow("kind", |p| p.kind.clone()),
+    Column::narrow("rules", |p| p.rules.to_string()),
+    Column::narrow("size", |p| p.size.to_string()),
+    Column::narrow("imported_by", |p| p.imported_by.clone()),
+    Column::narrow("imported_at", |p| p.imported_at.clone()),
+    Column::narrow("sha256", |p| p.sha256.clone()),
+];
+
+pub(crate) async fn run(command: Pattern, client: &Client, out: &Output) -> Result<Exit, Failure> {
+    match command {
+        Pattern::Import { file, name } => import(file, name, client, out).await?,
+        Pattern::List => {
+            let patterns: Vec<PatternView> = client.get(&["patterns"], &()).await?;
+            out.list(&patterns, &COLUMNS, "no patterns; import one: tmctl pattern import FILE")?;
+        }
+        Pattern::Show { pattern } => {
+            let pattern: PatternView = client.get(&["patterns", &pattern], &()).await?;
+            warn(None, &pattern);
+            out.one(&pattern, &COLUMNS)?;
+        }
+    }
+    Ok(Exit::Done)
+}
+
+async fn import(file: PathBuf, name: Option<String>, client: &Client, out: &Output) -> Result<(), Failure> {
+    let name = match name {
+        Some(name) => name,
+        None => file
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or_else(|| {
+                Failure::Usage("the file's name cannot be the pattern's; give one with --name".into())
+            })?
+            .to_owned(),
+    };
+    let bytes = read(&file)?;
+    let imported: PatternView = match client.upload(&["patterns"], &ImportQuery { name }, bytes).await {
+        Ok(imported) => imported,
+        Err(source) => return Err(Failure::Import { file, source }),
+    };
+    warn(Some(&file), &imported);
+    out.list(&[imported], &COLUMNS, "")
+}
+
+/// Reads no more than a pattern may have, so that a device or a wrong file does not fill the memory.
+fn read(path: &PathBuf) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let most = u64::try_from(tm_patterns::MAX_SIZE).unwrap_or(u64::MAX);
+    File::open(path)
+        .and_then(|file| file.take(most.saturating_add(1)).read_to_end(&mut bytes))
+        .map_err(|source| Failure::File { verb: "read", path: path.clone(), source })?;
+    if bytes.len() > tm_patterns::MAX_SIZE {
+        return Err(Failure::PatternTooLarge { path: path.clone() });
+    }
+    Ok(bytes)
+}
+
+fn warn(file: Option<&PathBuf>, pattern: &PatternView) {
+    for warning in &pattern.warnings {
+        say(&format!("warning: {}\n", problem_line(file.map(PathBuf::as_path), warning)));
+    }
+}

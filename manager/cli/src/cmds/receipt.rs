@@ -1,0 +1,297 @@
+//! What a scan came to: the verdict over all its tasks, what was detected, and a receipt for each endpoint.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+use tm_api::task::{DetectionView, ScanResult, TaskView};
+use tm_protocol::{report::Verdict, task::TaskState, text::escape_for_display};
+
+use crate::{
+    failure::{Exit, Failure},
+    output::{Column, Format, Output, bytes, say, table},
+};
+
+/// A task with what it detected.
+#[derive(Debug, Serialize)]
+pub(super) struct Scanned {
+    #[serde(flatten)]
+    pub(super) task: TaskView,
+    pub(super) detections: Vec<DetectionView>,
+}
+
+/// The verdict over all tasks. What comes first in this list wins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Outcome {
+    /// Something was detected, whatever else happened.
+    Detected,
+    /// A task failed or was cancelled.
+    Failed,
+    /// An agent or the manager would not do it.
+    Refused,
+    /// A task expired, or was not waited for any longer.
+    TimedOut,
+    /// Not everything could be looked at.
+    Incomplete,
+    /// Everything was looked at and nothing matched.
+    Clean,
+}
+
+impl Outcome {
+    pub(super) const fn exit(self) -> Exit {
+        match self {
+            Self::Detected => Exit::Detected,
+            Self::Failed => Exit::Failed,
+            Self::Refused => Exit::Refused,
+            Self::TimedOut => Exit::TimedOut,
+            Self::Incomplete => Exit::Incomplete,
+            Self::Clean => Exit::Done,
+        }
+    }
+}
+
+/// What the tasks came to, together. No task at all is nothing that was looked at.
+pub(super) fn outcome(scanned: &[Scanned]) -> Outcome {
+    scanned.iter().map(one).min().unwrap_or(Outcome::Failed)
+}
+
+fn one(scanned: &Scanned) -> Outcome {
+    let task = &scanned.task;
+    if !scanned.detections.is_empty() || detections_of(task).is_some_and(|count| count > 0) {
+        return Outcome::Detected;
+    }
+    match task.state {
+        TaskState::Queued | TaskState::Delivered | TaskState::Running | TaskState::Expired => {
+            Outcome::TimedOut
+        }
+        TaskState::Failed | TaskState::Cancelled => Outcome::Failed,
+        TaskState::Refused => Outcome::Refused,
+        TaskState::Done => match task.result.as_ref().map(|result| result.verdict) {
+            Some(Verdict::Clean) => Outcome::Clean,
+            Some(Verdict::Incomplete) => Outcome::Incomplete,
+            Some(Verdict::Detected) => Outcome::Detected,
+            // Without a receipt nothing says that anything was looked at.
+            None => Outcome::Failed,
+        },
+    }
+}
+
+/// How much a task has detected, as far as is known.
+pub(super) fn detections_of(task: &TaskView) -> Option<u64> {
+    match (&task.result, &task.progress) {
+        (Some(result), _) => Some(result.detections),
+        (None, Some(progress)) => Some(progress.detections),
+        (None, None) => None,
+    }
+}
+
+/// Names from the outermost container inwards, for people; JSON has them apart.
+pub(super) fn member(names: &[String]) -> String {
+    names.join(" → ")
+}
+
+struct Row<'a> {
+    task: &'a TaskView,
+    detection: &'a DetectionView,
+}
+
+fn columns<'a>() -> [Column<Row<'a>>; 11] {
+    [
+        Column::narrow("host", |r| r.task.host.clone()),
+        Column::narrow("path", |r| r.detection.path.clone()),
+        Column::narrow("member", |r| member(&r.detection.member)),
+        Column::narrow("rule", |r| r.detection.rule.clone()),
+        Column::narrow("pattern", |r| r.detection.pattern.clone()),
+        Column::wide("sha256", |r| r.detection.sha256.clone()),
+        Column::wide("size", |r| r.detection.size.to_string()),
+        Column::wide("found_at", |r| r.detection.found_at.clone()),
+        Column::wide("endpoint", |r| r.task.endpoint.clone()),
+        Column::wide("task", |r| r.task.id.clone()),
+        Column::wide("path_b64", |r| r.detection.path_b64.clone()),
+    ]
+}
+
+/// Prints detections and receipts. CSV holds one kind of row, the detections; there the receipts are talk.
+///
+/// # Errors
+/// If they cannot be written.
+pub(super) fn print(scanned: &[Scanned], out: &Output) -> Result<(), Failure> {
+    #[derive(Serialize)]
+    struct Report<'a> {
+        verdict: Outcome,
+        tasks: &'a [Scanned],
+    }
+    let rows: Vec<Row<'_>> = scanned
+        .iter()
+        .flat_map(|Scanned { task, detections }| {
+            detections.iter().map(move |detection| Row { task, detection })
+        })
+        .collect();
+    let receipts: String = scanned.iter().map(|scanned| text(&scanned.task)).collect();
+    match out.format() {
+        Format::Table if rows.is_empty() => out.text(&receipts),
+        Format::Table => {
+            let width = crate::output::width(&std::io::stdout());
+            out.text(&(table(&rows, &columns(), width) + "\n" + &receipts))
+        }
+        Format::Json => out.json(&Report { verdict: outcome(scanned), tasks: scanned }),
+        Format::Csv => {
+            out.csv(&rows, &columns())?;
+            say(&receipts);
+            Ok(())
+        }
+    }
+}
+
+/// The receipt of one task: a line, and one for each gap that is known by name.
+pub(super) fn text(task: &TaskView) -> String {
+    let mut text = format!("{} ({}): ", escape_for_display(&task.host), escape_for_display(&task.endpoint));
+    match (&task.result, task.state) {
+        (Some(result), _) => receipt(&mut text, result),
+        (None, TaskState::Queued | TaskState::Delivered | TaskState::Running) => {
+            let _ = writeln!(
+                text,
+                "not ended yet ({}); see: tmctl task show {}",
+                task.state,
+                escape_for_display(&task.id)
+            );
+        }
+        (None, state) => {
+            let _ = write!(text, "{state}");
+            for part in [&task.code, &task.message].into_iter().flatten() {
+                let _ = write!(text, ": {}", escape_for_display(part));
+            }
+            text.push('\n');
+        }
+    }
+    text
+}
+
+fn receipt(text: &mut String, result: &ScanResult) {
+    let plural = |count: u64, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    let _ = writeln!(
+        text,
+        "{}: {}, {}, {}, {:.1} s, {:.1} s of CPU",
+        result.verdict,
+        plural(result.detections, "detection"),
+        plural(result.files, "file"),
+        bytes(result.bytes),
+        result.elapsed_s,
+        result.cpu_s,
+    );
+    if !result.skipped.is_empty() {
+        let reasons: Vec<String> = result
+            .skipped
+            .iter()
+            .map(|(reason, count)| format!("{} {count}", escape_for_display(reason)))
+            .collect();
+        let _ = writeln!(text, "  skipped: {}", reasons.join(", "));
+    }
+    for skipped in &result.skipped_paths {
+        let inside = if skipped.member.is_empty() {
+            String::new()
+        } else {
+            format!(" → {}", escape_for_display(&member(&skipped.member)))
+        };
+        let (reason, path) = (escape_for_display(&skipped.reason), escape_for_display(&skipped.path));
+        let _ = writeln!(text, "    {reason}: {path}{inside}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tm_api::task::{ProgressView, SkippedView};
+
+    use super::*;
+
+    fn task(state: TaskState, verdict: Option<Verdict>) -> Scanned {
+        let result = verdict.map(|verdict| ScanResult {
+            verdict,
+            files: 3,
+            bytes: 2048,
+            detections: u64::from(verdict == Verdict::Detected),
+            skipped: BTreeMap::new(),
+            skipped_paths: Vec::new(),
+            elapsed_s: 0.25,
+            cpu_s: 0.5,
+        });
+        let text = |text: &str| text.to_owned();
+        let task = TaskView {
+            id: text("t"),
+            kind: text("scan"),
+            endpoint: text("e"),
+            host: text("web"),
+            state,
+            code: None,
+            message: None,
+            progress: None,
+            result,
+            issuer: text("ann"),
+            reason: String::new(),
+            created_at: String::new(),
+            started_at: None,
+            finished_at: None,
+            expires_at: String::new(),
+        };
+        Scanned { task, detections: Vec::new() }
+    }
+
+    #[test]
+    fn the_exit_code_is_the_worst_news_in_a_fixed_order() {
+        use TaskState as S;
+        let clean = || task(S::Done, Some(Verdict::Clean));
+        let incomplete = || task(S::Done, Some(Verdict::Incomplete));
+        let detected = || task(S::Done, Some(Verdict::Detected));
+        let mut failed_late = task(S::Failed, None);
+        failed_late.task.progress = Some(ProgressView { detections: 1, ..ProgressView::default() });
+        for (scanned, code) in [
+            (vec![], 1),
+            (vec![clean()], 0),
+            (vec![clean(), incomplete()], 11),
+            (vec![incomplete(), task(S::Expired, None)], 4),
+            (vec![incomplete(), task(S::Running, None)], 4),
+            (vec![task(S::Expired, None), task(S::Refused, None)], 3),
+            (vec![task(S::Refused, None), task(S::Cancelled, None)], 1),
+            (vec![task(S::Failed, None), clean()], 1),
+            (vec![task(S::Done, None)], 1),
+            (vec![task(S::Failed, None), incomplete(), detected(), clean()], 10),
+            (vec![failed_late, clean()], 10),
+        ] {
+            let states: Vec<_> = scanned.iter().map(|s| s.task.state).collect();
+            assert_eq!(outcome(&scanned).exit().code(), code, "{states:?}");
+        }
+    }
+
+    #[test]
+    fn a_receipt_names_what_was_not_seen_and_is_harmless() {
+        let mut scanned = task(TaskState::Done, Some(Verdict::Incomplete));
+        scanned.task.host = "we\u{1b}b".into();
+        let result = scanned.task.result.as_mut().unwrap();
+        result.skipped = BTreeMap::from([("encrypted".to_owned(), 1), ("symlink".to_owned(), 2)]);
+        result.skipped_paths = vec![SkippedView {
+            path: "/srv/a.zip".into(),
+            path_b64: String::new(),
+            member: vec!["b.zip".into(), "c\u{202e}".into()],
+            reason: "encrypted".into(),
+        }];
+        assert_eq!(
+            text(&scanned.task),
+            "we\\u{1b}b (e): incomplete: 0 detections, 3 files, 2.0 KiB, 0.2 s, 0.5 s of CPU\n  \
+             skipped: encrypted 1, symlink 2\n    encrypted: /srv/a.zip → b.zip → c\\u{202e}\n"
+        );
+        let mut refused = task(TaskState::Refused, None);
+        refused.task.code = Some("busy".into());
+        refused.task.message = Some("too much to do".into());
+        assert_eq!(text(&refused.task), "web (e): refused: busy: too much to do\n");
+    }
+
+    #[test]
+    fn json_holds_the_task_and_its_detections_side_by_side() {
+        let value = serde_json::to_value(task(TaskState::Done, Some(Verdict::Clean))).unwrap();
+        assert_eq!(value["state"], "done");
+        assert_eq!(value["result"]["verdict"], "clean");
+        assert_eq!(value["detections"], serde_json::json!([]));
+    }
+}

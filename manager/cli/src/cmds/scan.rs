@@ -1,0 +1,103 @@
+//! `tmctl scan`: orders it, and with `--wait` stays until every task has ended.
+
+use std::{ffi::OsString, os::unix::ffi::OsStrExt as _, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use tm_api::task::{self, TaskView};
+use tm_protocol::task::ScanLimits;
+use tokio::time::Instant;
+
+use crate::{
+    cli::{Scan, StartScan},
+    client::Client,
+    cmds::{
+        receipt::{self, Scanned},
+        task::{TASKS, detections},
+        wait::{self, Patience},
+    },
+    failure::{Exit, Failure},
+    output::{Output, say},
+};
+
+/// The agent's last word may be on its way when a deadline ends.
+const AFTERWARDS: Duration = Duration::from_secs(60);
+/// For reading what was found, however the waiting ended.
+const READING: Duration = Duration::from_secs(30);
+
+pub(crate) async fn run(command: Scan, client: &Client, out: &Output) -> Result<Exit, Failure> {
+    match command {
+        Scan::Start(args) => start(*args, client, out).await,
+    }
+}
+
+async fn start(args: StartScan, client: &Client, out: &Output) -> Result<Exit, Failure> {
+    let until = Instant::now() + args.timeout.unwrap_or(args.expires + args.deadline + AFTERWARDS);
+    let wait = args.wait;
+    let ordered: Vec<TaskView> = client.post(&["scans"], &order(args)).await?;
+    if !wait {
+        out.list(&ordered, &TASKS, "no tasks")?;
+        say("ordered; see how it goes: tmctl task show ID\n");
+        return Ok(Exit::Done);
+    }
+    let mut patience = Patience::new(until);
+    let ended = wait::until_ended(client, ordered, &mut patience).await?;
+    patience.extend(Instant::now() + READING);
+    let mut scanned = Vec::with_capacity(ended.len());
+    for task in ended {
+        let found = patience.ask(async || detections(client, &task.id).await).await?;
+        scanned.push(Scanned { task, detections: found });
+    }
+    receipt::print(&scanned, out)?;
+    Ok(receipt::outcome(&scanned).exit())
+}
+
+fn order(args: StartScan) -> task::StartScan {
+    let defaults = ScanLimits::default();
+    let limits = ScanLimits {
+        depth: args.max_depth.unwrap_or(defaults.depth),
+        file_ms: args
+            .file_timeout
+            .map_or(defaults.file_ms, |limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
+        ..defaults
+    };
+    task::StartScan {
+        to: task::Targets { targets: args.targets, search: args.search, group: args.group },
+        paths_b64: args.paths.iter().map(encoded).collect(),
+        patterns: args.patterns,
+        limits,
+        expires_in_s: Some(args.expires.as_secs()),
+        deadline_s: Some(args.deadline.as_secs()),
+        when_connected: args.when_connected,
+        reason: args.reason,
+    }
+}
+
+fn encoded(path: &OsString) -> String {
+    STANDARD.encode(path.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt as _;
+
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    #[test]
+    fn the_order_says_exactly_what_was_typed() {
+        let args = ["tmctl", "scan", "start", "web", "--max-depth", "0", "--file-timeout", "2m", "--path"];
+        let args = args.map(OsString::from).into_iter().chain([OsString::from_vec(b"/\xff".to_vec())]);
+        let Command::Scan(Scan::Start(args)) = Cli::try_parse_from(args).unwrap().command else {
+            panic!("another command")
+        };
+        let order = order(*args);
+        assert_eq!(order.paths_b64, ["L/8="]);
+        assert_eq!((order.limits.depth, order.limits.file_ms), (0, 120_000));
+        assert_eq!(order.limits.ratio, ScanLimits::default().ratio);
+        assert_eq!((order.expires_in_s, order.deadline_s), (Some(3600), Some(86_400)));
+        assert_eq!(order.to.targets, ["web"]);
+        assert!(!order.when_connected);
+    }
+}
