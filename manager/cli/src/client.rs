@@ -159,7 +159,7 @@ impl Client {
         self.answer(self.http.request(Method::GET, url.clone()).query(query), url, REQUEST).await
     }
 
-    /// Reads every page after a position. `position` gives a row's.
+    /// Reads every page after a position; `take` gets one after the other.
     ///
     /// # Errors
     /// If the manager refuses, cannot be asked, or leads in a circle.
@@ -349,6 +349,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("profile.toml");
         std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         Client::new(Profile::load(Some(&path)).unwrap()).unwrap()
     }
 

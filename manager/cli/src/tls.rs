@@ -86,7 +86,11 @@ impl ServerCertVerifier for ManagerVerifier {
             self.algorithms.all,
         )
         .map_err(|error| {
-            if error == TlsError::InvalidCertificate(CertificateError::UnknownIssuer) {
+            // An authority of the same name and another key shows as a bad signature.
+            if let TlsError::InvalidCertificate(
+                CertificateError::UnknownIssuer | CertificateError::BadSignature,
+            ) = error
+            {
                 Distrust::OtherAuthority.into_tls()
             } else {
                 error
