@@ -19,7 +19,7 @@ pub(crate) enum Format {
     Table,
     /// Everything, with paths' exact bytes in base64.
     Json,
-    /// For spreadsheets (RFC 4180); a cell is never a formula.
+    /// For spreadsheets (RFC 4180, but lines end as the system ends them); a cell is never a formula.
     Csv,
 }
 
@@ -200,7 +200,7 @@ fn finish(mut table: Table) -> String {
 fn csv<T>(rows: &[T], columns: &[Column<T>]) -> String {
     let header = columns.iter().map(|column| column.name.to_owned()).collect();
     let lines = rows.iter().map(|row| columns.iter().map(|column| csv_cell(&(column.cell)(row))).collect());
-    std::iter::once(header).chain(lines).map(|cells: Vec<String>| cells.join(",") + "\r\n").collect()
+    std::iter::once(header).chain(lines).map(|cells: Vec<String>| cells.join(",") + "\n").collect()
 }
 
 /// The same JSON, with what a terminal would obey written as `\uXXXX`.
@@ -272,7 +272,7 @@ mod tests {
     fn csv_has_every_column_and_no_formula() {
         assert_eq!(
             csv(&ROWS, &COLUMNS),
-            "host,the_path,length\r\nweb-01,\"'=1+1,\"\"x\"\"\",8\r\nw,\\u{1b}[2J\\u{202e},7\r\n"
+            "host,the_path,length\nweb-01,\"'=1+1,\"\"x\"\"\",8\nw,\\u{1b}[2J\\u{202e},7\n"
         );
     }
 
