@@ -2,7 +2,7 @@
 //!
 //! The control of every test is a good agent beside: it stays connected and does its work.
 
-use std::{fs, net::TcpStream, path::Path, time::Duration};
+use std::{fs, net::TcpStream, path::Path, process::Command, time::Duration};
 
 use bytes::BytesMut;
 use tm_protocol::{
@@ -63,6 +63,51 @@ fn without_a_certificate_of_this_fleet_there_is_no_session() {
         format!("tm://{id}/endpoint/{}", good.id),
     ] {
         assert!(!is_welcome(&lab, Some(&Identity::foreign(&uri))), "{uri} of a foreign CA");
+    }
+    still_works(&lab, &good, &folder);
+}
+
+#[test]
+fn the_fleets_own_signature_does_not_excuse_an_expired_or_misused_certificate() {
+    let (lab, good, folder) = with_good_agent();
+    let mut victim = lab.agent();
+    victim.stop();
+    lab.wait_away(&victim);
+    let ca = lab.manager_data().join("ca");
+    let ids = fs::read_to_string(ca.join("ids.json")).expect("the authority has a name");
+    let ids: serde_json::Value = serde_json::from_str(&ids).expect("names are JSON");
+    let fleet = ids["fleet"].as_str().expect("a fleet has an id").to_owned();
+    let manager = ids["manager"].as_str().expect("a manager has an id").to_owned();
+    // The manager knows these serials as enrolled, so that only what the certificate says can be at fault.
+    let store = lab.manager_data().join("manager.db");
+    for serial in 0x41..0x46u8 {
+        let sql = format!(
+            "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms) VALUES ('{serial:02x}', '{}', 0, 0)",
+            victim.id
+        );
+        let done = Command::new("sqlite3").args(["-cmd", ".timeout 5000"]).arg(&store).arg(sql).status();
+        assert!(done.expect("sqlite3 is installed").success());
+    }
+    let endpoint = format!("tm://{fleet}/endpoint/{}", victim.id);
+    let sign = |uri: &str, client, serial, expired| Identity::signed(&ca, uri, client, &[serial], expired);
+    for (what, identity, welcome) in [
+        ("the control: good in every way", sign(&endpoint, true, 0x41, false), true),
+        ("expired", sign(&endpoint, true, 0x42, true), false),
+        ("for servers only", sign(&endpoint, false, 0x43, false), false),
+        ("a manager's", sign(&format!("tm://{fleet}/manager/{manager}"), false, 0x44, false), false),
+        (
+            "a manager's, for clients",
+            sign(&format!("tm://{fleet}/manager/{manager}"), true, 0x45, false),
+            false,
+        ),
+        ("never enrolled", sign(&endpoint, true, 0x46, false), false),
+        (
+            "another endpoint's serial",
+            sign(&format!("tm://{fleet}/endpoint/{}", good.id), true, 0x41, false),
+            false,
+        ),
+    ] {
+        assert_eq!(is_welcome(&lab, Some(&identity)), welcome, "{what}");
     }
     still_works(&lab, &good, &folder);
 }

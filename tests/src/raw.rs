@@ -92,6 +92,37 @@ impl Identity {
         Self { chain: vec![certificate.der().clone()], key: key.into() }
     }
 
+    /// A certificate that the fleet's own authority (its folder is `ca`) signs, whatever it says: only a test
+    /// that has the authority's key in its hands can make one.
+    ///
+    /// # Panics
+    /// If the authority's files cannot be used.
+    #[must_use]
+    pub fn signed(ca: &Path, uri: &str, client: bool, serial: &[u8], expired: bool) -> Self {
+        use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType, SerialNumber};
+        let read = |name| fs::read(ca.join(name)).expect("the manager has an authority");
+        let ca_key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(read("key.der")));
+        let ca_key = KeyPair::try_from(&ca_key).expect("the authority's key can be read");
+        let issuer = Issuer::from_ca_cert_der(&CertificateDer::from(read("certificate.der")), ca_key)
+            .expect("the authority's certificate can be read");
+        let key = KeyPair::generate().expect("keys can be made");
+        let mut leaf = CertificateParams::default();
+        leaf.subject_alt_names = vec![SanType::URI(uri.try_into().expect("a URI is ASCII"))];
+        leaf.serial_number = Some(SerialNumber::from_slice(serial));
+        leaf.extended_key_usages = vec![if client {
+            ExtendedKeyUsagePurpose::ClientAuth
+        } else {
+            ExtendedKeyUsagePurpose::ServerAuth
+        }];
+        if expired {
+            leaf.not_before = rcgen::date_time_ymd(2020, 1, 1);
+            leaf.not_after = rcgen::date_time_ymd(2021, 1, 1);
+        }
+        let certificate = leaf.signed_by(&key, &issuer).expect("certificates can be made");
+        let key = PrivatePkcs8KeyDer::from(key.serialize_der());
+        Self { chain: vec![certificate.der().clone()], key: key.into() }
+    }
+
     /// A copy.
     #[must_use]
     pub fn copy(&self) -> Self {

@@ -9,7 +9,7 @@ const LONGEST: Duration = Duration::from_secs(300);
 
 /// The wait after `failures` failed attempts in a row; `chance` is drawn evenly from 0 to 1.
 pub(crate) fn wait(failures: u32, chance: f64) -> Duration {
-    let ceiling = FIRST.saturating_mul(1u32.checked_shl(failures.min(20)).unwrap_or(u32::MAX)).min(LONGEST);
+    let ceiling = FIRST.saturating_mul(2u32.saturating_pow(failures.saturating_add(1))).min(LONGEST);
     FIRST.max(ceiling.mul_f64(chance.clamp(0.0, 1.0)))
 }
 
@@ -25,8 +25,8 @@ mod tests {
                 assert!(wait >= FIRST && wait <= LONGEST, "{failures} {chance} {wait:?}");
             }
         }
-        assert_eq!(wait(0, 1.0), Duration::from_secs(1));
-        assert_eq!(wait(4, 0.5), Duration::from_secs(8));
+        assert_eq!((wait(0, 0.0), wait(0, 1.0)), (Duration::from_secs(1), Duration::from_secs(2)));
+        assert_eq!(wait(4, 0.5), Duration::from_secs(16));
         assert_eq!(wait(30, 1.0), LONGEST);
     }
 }
