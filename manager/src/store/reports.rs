@@ -9,7 +9,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
 use sqlx::Row as _;
 use tm_protocol::{
-    ids::{EndpointId, TaskId},
+    ids::{EndpointId, Sha256, TaskId},
     message::{Outcome, Report, ReportBody},
     report::{Coverage, Detection, Failure, PathBytes},
     task::TaskState,
@@ -153,13 +153,13 @@ async fn detect(
     let Some(row) = row else { return Ok(()) };
     let mut ordinal: i64 = row.get(0);
     for detection in detections {
-        ordinal += 1;
-        sqlx::query(
+        let stored = sqlx::query(
             "INSERT INTO detection (task_id, ordinal, endpoint_id, path, member, pattern_sha256, rule, sha256, size,
-             found_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+             found_ms, identity) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+             ON CONFLICT (task_id, identity) DO NOTHING",
         )
         .bind(task.to_string())
-        .bind(ordinal)
+        .bind(ordinal + 1)
         .bind(endpoint.to_string())
         .bind(detection.path.0.clone())
         .bind(serde_json::json!(names(&detection.member)).to_string())
@@ -168,11 +168,27 @@ async fn detect(
         .bind(detection.sha256.to_string())
         .bind(i64::try_from(detection.size).unwrap_or(i64::MAX))
         .bind(at_ms)
+        .bind(identity(detection).to_string())
         .execute(&mut **tx)
         .await
         .map_err(StoreError::query("store a detection"))?;
+        ordinal += i64::try_from(stored.rows_affected()).unwrap_or(0);
     }
     Ok(())
+}
+
+/// Names what was found where. An agent that starts anew begins its scan again, and finds the same again.
+fn identity(detection: &Detection) -> Sha256 {
+    let mut text = Vec::new();
+    for part in [&detection.path].into_iter().chain(&detection.member) {
+        text.extend_from_slice(&u64::try_from(part.0.len()).unwrap_or(u64::MAX).to_be_bytes());
+        text.extend_from_slice(&part.0);
+    }
+    // No length above looks like this, so that a member is never taken for what follows.
+    text.extend_from_slice(&u64::MAX.to_be_bytes());
+    text.extend_from_slice(detection.pattern.as_bytes());
+    text.extend_from_slice(detection.rule.as_bytes());
+    Sha256::of(&text)
 }
 
 fn names(member: &[PathBytes]) -> Vec<String> {
@@ -200,4 +216,86 @@ fn result_json(coverage: &Coverage) -> Result<String, StoreError> {
         cpu_ms: coverage.cpu_ms,
     };
     serde_json::to_string(&row).map_err(|_| StoreError::content("coverage", "unwritable"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tm_protocol::ids::Sha256;
+
+    use super::*;
+    use crate::store::tests::scratch;
+
+    async fn text(store: &Store, sql: &'static str) -> String {
+        sqlx::query(sql).fetch_one(store.reader()).await.unwrap().get(0)
+    }
+
+    fn reports(task: TaskId, sequences: &[u64]) -> Vec<Report> {
+        let found = |path: &[u8]| Detection {
+            path: path.into(),
+            member: vec![PathBytes(b"m".to_vec())],
+            pattern: Sha256::of(b"p"),
+            rule: "r".into(),
+            sha256: Sha256::of(b"f"),
+            size: 1,
+        };
+        let bodies = [
+            ReportBody::Accepted { task },
+            ReportBody::Started { task },
+            ReportBody::Detections { task, detections: vec![found(b"/a"), found(b"/b")] },
+            ReportBody::Detections { task, detections: vec![found(b"/b"), found(b"/c")] },
+            ReportBody::Finished {
+                task,
+                outcome: Outcome::Scanned(Coverage { detections: 3, ..Coverage::default() }),
+            },
+        ];
+        sequences
+            .iter()
+            .zip(bodies)
+            .map(|(sequence, body)| Report { sequence: *sequence, at_ms: 5, body })
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn reports_take_effect_once_and_only_on_the_endpoints_own_tasks() {
+        let (store, _folder) = scratch().await;
+        let (own, other) =
+            (EndpointId::new(uuid::Uuid::from_u128(1)), EndpointId::new(uuid::Uuid::from_u128(2)));
+        let task = TaskId::new(uuid::Uuid::from_u128(3));
+        let mut tx = store.begin().await.unwrap();
+        for endpoint in [own, other] {
+            sqlx::query(
+                "INSERT INTO endpoint (id, host, host_key, group_name, agent_version, enrolled_ms, token_id,
+                 session_epoch, task_kinds, stored_through) VALUES ($1, 'h', 'h', 'g', 'v', 0, 't', 0, '[]', 0)",
+            )
+            .bind(endpoint.to_string())
+            .execute(&mut *tx)
+            .await
+            .unwrap();
+        }
+        sqlx::query(
+            "INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms, deadline_ms)
+             VALUES ($1, $2, 'scan', '{}', 'queued', 'a', '', 0, 1, 1)",
+        )
+        .bind(task.to_string())
+        .bind(own.to_string())
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+        Store::commit(tx).await.unwrap();
+
+        let all =
+            |endpoint| reports(task, &[1, 2, 3, 4, 5]).into_iter().map(|r| (endpoint, r)).collect::<Vec<_>>();
+        store.record_reports(&all(other), 9).await.unwrap();
+        assert_eq!(text(&store, "SELECT state FROM task").await, "queued", "a stranger moves nothing");
+        for _ in 0..2 {
+            store.record_reports(&all(own), 9).await.unwrap();
+        }
+        assert_eq!(text(&store, "SELECT state FROM task").await, "done");
+        assert_eq!(
+            text(&store, "SELECT CAST(COUNT(*) AS TEXT) FROM detection").await,
+            "3",
+            "each found thing once"
+        );
+        assert_eq!(text(&store, "SELECT CAST(MAX(ordinal) AS TEXT) FROM detection").await, "3");
+    }
 }

@@ -434,8 +434,8 @@ mod tests {
         for ordinal in 1..=2_i64 {
             sqlx::query(
                 "INSERT INTO detection (task_id, ordinal, endpoint_id, path, member, pattern_sha256, rule,
-                    sha256, size, found_ms)
-                 VALUES ($1, $2, $3, $4, $5, 'p', 'r', 's', 12, 13)",
+                    sha256, size, found_ms, identity)
+                 VALUES ($1, $2, $3, $4, $5, 'p', 'r', 's', 12, 13, CAST($2 AS TEXT))",
             )
             .bind(id.to_string())
             .bind(ordinal)

@@ -124,6 +124,8 @@ CREATE TABLE detection (
     sha256 TEXT NOT NULL,
     size BIGINT NOT NULL,
     found_ms BIGINT NOT NULL,
-    PRIMARY KEY (task_id, ordinal)
+    identity TEXT NOT NULL,              -- digest of what was found where: a scan that is begun again repeats itself
+    PRIMARY KEY (task_id, ordinal),
+    UNIQUE (task_id, identity)
 );
 CREATE INDEX detection_by_endpoint ON detection (endpoint_id);
