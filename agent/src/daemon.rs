@@ -23,6 +23,7 @@ use tm_protocol::{
     message::{Hello, Inventory, Ping, Pong, ToAgent, ToManager, Welcome},
     report::Failure,
     task::TaskKind,
+    text::escape_for_display,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -46,6 +47,8 @@ use crate::{
 const WELCOME: Duration = Duration::from_secs(15);
 /// How often facts are looked at again.
 const INVENTORY: Duration = Duration::from_secs(60);
+/// How long looking at them may hold the session up.
+const LOOK: Duration = Duration::from_secs(5);
 /// A session that lasted this long starts the waits anew.
 const GOOD_SESSION: Duration = Duration::from_secs(60);
 /// The longest silence before a link is given up, whatever the manager asks for.
@@ -255,7 +258,9 @@ impl Agent {
         };
         self.welcomed(address, &welcome);
         let mut inventory = look().await;
-        send(&mut link, inventory.clone().into()).await?;
+        if let Some(facts) = inventory.clone() {
+            send(&mut link, facts.into()).await?;
+        }
         let effects =
             self.tasks.handle(Event::Connected { stored_through: welcome.stored_through }, self.now());
         self.perform_all(effects, &mut link).await?;
@@ -305,10 +310,11 @@ impl Agent {
             }
             if now >= last_look + INVENTORY {
                 last_look = now;
-                let fresh = look().await;
-                if fresh != inventory {
-                    inventory = fresh;
-                    send(&mut link, inventory.clone().into()).await?;
+                if let Some(fresh) = look().await
+                    && inventory.as_ref() != Some(&fresh)
+                {
+                    inventory = Some(fresh.clone());
+                    send(&mut link, fresh.into()).await?;
                 }
             }
         }
@@ -424,7 +430,10 @@ impl Agent {
 impl Ended {
     fn goodbye(goodbye: tm_protocol::message::Goodbye) -> Self {
         let wait = Duration::from_millis(u64::from(goodbye.retry_after_ms)).min(Duration::from_secs(3600));
-        Self { error: ConnectError::Closed, goodbye: Some((goodbye.failure, wait)) }
+        // The manager's words end up in a log, a file and the next hello: harmless, and of a length that fits.
+        let code: String = goodbye.failure.code.chars().take(64).filter(|c| c.is_ascii_graphic()).collect();
+        let failure = Failure::new(&code, escape_for_display(&goodbye.failure.message));
+        Self { error: ConnectError::Closed, goodbye: Some((failure, wait)) }
     }
 }
 
@@ -442,8 +451,9 @@ async fn send(link: &mut Link, message: ToManager) -> Result<(), ConnectError> {
     connection::write(link, &bytes).await
 }
 
-async fn look() -> Inventory {
-    tokio::task::spawn_blocking(facts::inventory).await.unwrap_or_else(|_| facts::inventory())
+/// The endpoint's facts; `None` if they cannot be had in time (a mount that hangs), and the session goes on.
+async fn look() -> Option<Inventory> {
+    timeout(LOOK, tokio::task::spawn_blocking(facts::inventory)).await.ok()?.ok()
 }
 
 /// Between 80 and 120 percent, so that a fleet's heartbeats spread.

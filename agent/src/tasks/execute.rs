@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
 };
 
+use futures_util::FutureExt as _;
 use rustls::ClientConfig;
 use tm_protocol::{
     address::Address,
@@ -39,9 +40,15 @@ pub(crate) struct Context {
 /// Carries the task out and tells its end, whatever happens in it.
 pub(crate) async fn run(task: TaskId, spec: TaskSpec, context: Context, cancel: Arc<AtomicBool>) {
     let tell = context.tell.clone();
-    let outcome = match spec {
-        TaskSpec::Scan(spec) => scan(task, spec, context, cancel).await,
+    let work = async {
+        match spec {
+            TaskSpec::Scan(spec) => scan(task, spec, context, cancel).await,
+        }
     };
+    // A fault in a task ends the task, never the agent, and is told like any other end.
+    let outcome = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| {
+        Outcome::Failed(Failure::new("internal", "the task stopped on a fault of the agent"))
+    });
     // It fails only when the agent is ending; the manager then hands the task out again.
     let _ = tell.send(Told::Finished(task, outcome)).await;
 }
