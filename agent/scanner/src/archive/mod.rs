@@ -26,6 +26,8 @@ use crate::{
 
 /// Member output below this size is never judged by its ratio: short texts can be very compressible.
 const RATIO_FREE: u64 = 1 << 20;
+/// How far from the end a zip's end record may begin: its own 22 bytes and the longest comment.
+const ZIP_TAIL: usize = 22 + 65_535;
 /// Once a file's findings need more than this (names are the file's own), the rest is one skip.
 const MAX_FINDINGS_BYTES: usize = 4 << 20;
 
@@ -212,6 +214,11 @@ fn kind_of(bytes: &[u8]) -> Option<Kind> {
         b"070701",
         b"070707",
     ];
+    // Self-extracting archives have a program in front; a zip is read from its end (APPNOTE 4.3.16).
+    let tail = bytes.get(bytes.len().saturating_sub(ZIP_TAIL)..).unwrap_or_default();
+    if tail.windows(4).any(|window| window == b"PK\x05\x06") && zip::opens(bytes) {
+        return Some(Kind::Zip);
+    }
     let bzip2 = bytes.starts_with(b"BZh") && bytes.get(4..10) == Some(b"\x31\x41\x59\x26\x53\x59");
     let compress = bytes.starts_with(b"\x1f\x9d")
         && bytes.get(2).is_some_and(|flags| flags & 0x60 == 0 && (9..=16).contains(&(flags & 0x1f)));
@@ -287,6 +294,17 @@ mod tests {
         let names = ["inner.tar", "dir/inner.zip", "deep.txt"].map(|n| PathBytes(n.into())).to_vec();
         assert_eq!(members, [names]);
         assert_eq!(findings.skips, []);
+    }
+
+    #[test]
+    fn a_zip_behind_a_program_is_looked_into() {
+        let mut bytes = b"#!/bin/sh\nexec unzip \"$0\"\n".to_vec();
+        bytes.extend_from_slice(&zipped("deep.txt", &b"needle-47 ".repeat(20)));
+        let findings = look(&mut engine(), &ScanLimits::default(), &bytes);
+        assert_eq!(findings.matches.len(), 1);
+        assert_eq!(findings.matches[0].member, [PathBytes(b"deep.txt".to_vec())]);
+        // The four bytes alone make no zip, and no complaint either.
+        assert_eq!(skips(&ScanLimits::default(), b"text with PK\x05\x06 in it"), []);
     }
 
     #[test]

@@ -7,6 +7,11 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::Walk;
 
+/// Whether there is a directory with members at the end of `bytes`, whatever stands in front.
+pub(super) fn opens(bytes: &[u8]) -> bool {
+    ZipArchive::new(Cursor::new(bytes)).is_ok_and(|archive| !archive.is_empty())
+}
+
 pub(super) fn members(
     walk: &mut Walk<'_>,
     within: &mut Vec<PathBytes>,
