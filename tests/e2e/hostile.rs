@@ -248,15 +248,12 @@ fn whoever_dawdles_is_shown_out() {
 #[test]
 fn two_thousand_idle_strangers_do_not_keep_an_agent_from_its_work() {
     let (lab, good, folder) = with_good_agent();
-    let mut strangers = Vec::new();
-    for _ in 0..2_000 {
-        // Our own limit of descriptors may be lower; the manager's patience is what is tested.
-        match TcpStream::connect_timeout(&lab.agent_port, Duration::from_secs(2)) {
-            Ok(stream) => strangers.push(stream),
-            Err(_) => break,
-        }
-    }
-    assert!(strangers.len() >= 500, "only {} connections were possible here", strangers.len());
+    let strangers: Vec<TcpStream> = (0..2_000)
+        .map(|_| {
+            TcpStream::connect_timeout(&lab.agent_port, Duration::from_secs(2))
+                .expect("a stranger may connect")
+        })
+        .collect();
     assert!(lab.is_connected(&good));
     still_works(&lab, &good, &folder);
     // A new agent gets in as well, beside them.
