@@ -46,6 +46,7 @@ const ADMIN_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the manager until it is told to end.
 pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
+    raise_descriptor_limit();
     let authority =
         Arc::new(Authority::load(&data.join("ca")).context("cannot load the certificate authority")?);
     let url = config.database.clone().unwrap_or_else(|| cli::default_database(data));
@@ -111,6 +112,15 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     .await;
     let _ = timeout(DRAIN, store.close()).await;
     Ok(())
+}
+
+/// One link is one descriptor, and the usual soft limit (1024) is there for programs that use `select`.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "Cannot raise the limit of open files.");
+    }
 }
 
 async fn serve_admins(

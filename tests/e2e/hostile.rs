@@ -248,6 +248,11 @@ fn whoever_dawdles_is_shown_out() {
 #[test]
 fn two_thousand_idle_strangers_do_not_keep_an_agent_from_its_work() {
     let (lab, good, folder) = with_good_agent();
+    // Two thousand sockets are more than the usual soft limit of a shell.
+    let maximum = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    let raised = rustix::process::Rlimit { current: maximum, maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised)
+        .expect("the soft limit may be raised");
     let strangers: Vec<TcpStream> = (0..2_000)
         .map(|_| {
             TcpStream::connect_timeout(&lab.agent_port, Duration::from_secs(2))
