@@ -1,7 +1,7 @@
 //! What agents and managers say to each other on the control channel.
 //!
 //! One struct per type number. A released struct never changes: a new need gets a new number, and an enum
-//! inside a body grows only at its end. Golden bytes of every type are fixtures (`tests/fixtures/wire`).
+//! inside a body grows only at its end.
 
 use bincode::{Decode, Encode};
 use bytes::BytesMut;
