@@ -252,6 +252,7 @@ impl Agent {
                 ToAgent::Pong(_)
                 | ToAgent::Assign(_)
                 | ToAgent::ReportStored(_)
+                | ToAgent::NoticesStored(_)
                 | ToAgent::EnrollReply(_)
                 | ToAgent::Cancel(_) => return Err(ConnectError::Protocol("a message before the welcome")),
             }
@@ -278,7 +279,7 @@ impl Agent {
                             send(&mut link, Pong { nonce }.into()).await?;
                             Vec::new()
                         }
-                        ToAgent::Pong(_) | ToAgent::Welcome(_) => Vec::new(),
+                        ToAgent::Pong(_) | ToAgent::Welcome(_) | ToAgent::NoticesStored(_) => Vec::new(),
                         ToAgent::Assign(assign) => self.tasks.handle(Event::Assigned(assign), self.now()),
                         ToAgent::Cancel(cancel) => self.tasks.handle(Event::Cancelled(cancel), self.now()),
                         ToAgent::ReportStored(stored) => {

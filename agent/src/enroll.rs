@@ -196,6 +196,7 @@ async fn exchange(
         | ToAgent::Pong(_)
         | ToAgent::Assign(_)
         | ToAgent::ReportStored(_)
+        | ToAgent::NoticesStored(_)
         | ToAgent::Cancel(_) => Err(ConnectError::Protocol("an answer that was not asked for")),
     }
 }

@@ -106,6 +106,17 @@ uuid_id!(
     "stream id"
 );
 
+uuid_id!(
+    /// One removed file in an endpoint's vault.
+    VaultId,
+    "vault item id"
+);
+uuid_id!(
+    /// One endpoint's unit of mitigation work.
+    IncidentId,
+    "incident id"
+);
+
 /// A SHA-256 digest: of a pattern, a file or a certificate. Written as 64 lower-case hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
 pub struct Sha256([u8; 32]);

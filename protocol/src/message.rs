@@ -10,7 +10,7 @@ use crate::{
     address::Address,
     frame::{self, Frame, FrameError},
     ids::{EndpointId, ManagerId, StreamId, TaskId},
-    report::{Coverage, Detection, Failure},
+    report::{Coverage, Detection, Failure, ItemReport, Notice, Tally, VaultEntry},
     task::TaskSpec,
 };
 
@@ -76,6 +76,7 @@ messages! {
         5 Report <= 256 * KIB;
         6 Progress <= 8 * KIB;
         7 EnrollRequest <= 16 * KIB;
+        8 Notices <= 64 * KIB;
     }
 }
 
@@ -90,6 +91,7 @@ messages! {
         106 Goodbye <= 4 * KIB;
         107 EnrollReply <= 32 * KIB;
         108 Cancel <= 64;
+        109 NoticesStored <= 64;
     }
 }
 
@@ -133,6 +135,8 @@ pub struct Welcome {
     pub addresses: Vec<Address>,
     /// The highest report number of the agent's stream that is stored here; 0 if none.
     pub stored_through: u64,
+    /// The same for [`Notices`].
+    pub notices_through: u64,
 }
 
 /// The endpoint's facts, sent after [`Welcome`] and whenever they change.
@@ -232,6 +236,27 @@ pub enum ReportBody {
         /// How.
         outcome: Outcome,
     },
+    /// Part of what a cleanup or a restore did. A task that went on after a crash may report an item again;
+    /// the later report holds.
+    Items {
+        /// Which task.
+        task: TaskId,
+        /// At most what fits one frame.
+        items: Vec<ItemReport>,
+    },
+    /// A part of what the vault holds: after a start, and when it changed outside of any task.
+    Vault {
+        /// The first part of a listing, which takes the place of everything known before.
+        first: bool,
+        /// At most what fits one frame.
+        items: Vec<VaultEntry>,
+    },
+    /// The `count` reports before this number were lost on the endpoint (a damaged journal). Their numbers
+    /// are skipped: this one follows `sequence - count - 1`.
+    Lost {
+        /// How many.
+        count: u64,
+    },
 }
 
 /// How a task ended. Variants are only ever added at the end.
@@ -245,6 +270,12 @@ pub enum Outcome {
     Cancelled(Option<Coverage>),
     /// It was not begun in time.
     Expired,
+    /// A cleanup or restore went through every item; what came of each has been reported before this.
+    Treated(Tally),
+    /// A cleanup or restore was called off; what had been done by then stays done, and is in the items.
+    TreatedUntilCancelled(Tally),
+    /// A cleanup or restore ran out of time, in the same way.
+    TreatedUntilDeadline(Tally),
 }
 
 /// How far a task is; sent at most once a second, never stored before it is sent, lost without harm.
@@ -292,6 +323,28 @@ pub struct Cancel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct ReportStored {
     /// The highest number stored without a gap.
+    pub through: u64,
+}
+
+/// What the agent tells unasked, in order. Sent again after each reconnect until [`NoticesStored`] covers it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Notices {
+    /// The number of the first in the agent's stream of notices; the first ever is 1. A number that was
+    /// left out was dropped, and a notice `notices-lost` counts it.
+    pub first: u64,
+    /// The notices, at most [`Notices::MAX`].
+    pub notices: Vec<Notice>,
+}
+
+impl Notices {
+    /// Most in one message.
+    pub const MAX: usize = 16;
+}
+
+/// Every notice up to and including this number is in the manager's store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct NoticesStored {
+    /// The highest number stored.
     pub through: u64,
 }
 

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt};
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
-use crate::ids::Sha256;
+use crate::ids::{Sha256, VaultId};
 
 /// A path's exact bytes. Most are UTF-8; none has to be. [`crate::text::escape`] shows them to people.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
@@ -44,6 +44,190 @@ pub struct Detection {
     pub sha256: Sha256,
     /// Size of the file on disk, in bytes.
     pub size: u64,
+}
+
+impl Detection {
+    /// Names what was found where: the same find of the same pattern, in whichever scan, has the same key. A
+    /// cleanup names detections by it. It is SHA-256 over the path and the member's names, each after its
+    /// length as eight bytes, big-endian; then eight bytes of ones, the pattern's digest, the file's digest
+    /// and the rule.
+    pub fn key(&self) -> Sha256 {
+        let mut text = Vec::new();
+        for part in [&self.path].into_iter().chain(&self.member) {
+            text.extend_from_slice(&u64::try_from(part.0.len()).unwrap_or(u64::MAX).to_be_bytes());
+            text.extend_from_slice(&part.0);
+        }
+        // No length above looks like this, so that a member is never taken for what follows.
+        text.extend_from_slice(&u64::MAX.to_be_bytes());
+        text.extend_from_slice(self.pattern.as_bytes());
+        text.extend_from_slice(self.sha256.as_bytes());
+        text.extend_from_slice(self.rule.as_bytes());
+        Sha256::of(&text)
+    }
+}
+
+/// What came of one item of a cleanup or a restore.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum ItemVerdict {
+    /// The file is gone from its place, checked, and whole in the vault.
+    Vaulted,
+    /// The file is back in its place, content and metadata checked.
+    Restored,
+    /// A dry run: it would be vaulted.
+    WouldVault,
+    /// A dry run: it would be restored.
+    WouldRestore,
+    /// There was nothing to do: the file is no longer there.
+    Gone,
+    /// The agent will not touch it; the failure says why.
+    Refused,
+    /// It was tried and did not succeed; the failure says why, and nothing was lost.
+    Failed,
+}
+
+impl ItemVerdict {
+    /// Every verdict.
+    pub const ALL: [Self; 7] = [
+        Self::Vaulted,
+        Self::Restored,
+        Self::WouldVault,
+        Self::WouldRestore,
+        Self::Gone,
+        Self::Refused,
+        Self::Failed,
+    ];
+
+    /// The word for it in every output and in the store.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Vaulted => "vaulted",
+            Self::Restored => "restored",
+            Self::WouldVault => "would-vault",
+            Self::WouldRestore => "would-restore",
+            Self::Gone => "gone",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// Reads [`ItemVerdict::word`] back.
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|verdict| verdict.word() == word)
+    }
+}
+
+impl fmt::Display for ItemVerdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// One item of a cleanup or a restore, and what came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ItemReport {
+    /// The detections ([`Detection::key`]) it settles; a file with several matches is one item. At most
+    /// [`ItemReport::MAX_DETECTIONS`]. Empty for a restore.
+    pub detections: Vec<Sha256>,
+    /// Its item in the vault, where there is one.
+    pub vault: Option<VaultId>,
+    /// The file on disk: where it was, or where it is put.
+    pub path: PathBytes,
+    /// Digest of its content, where known.
+    pub sha256: Option<Sha256>,
+    /// Its size, in bytes.
+    pub size: u64,
+    /// What came of it.
+    pub verdict: ItemVerdict,
+    /// Why, where it was refused or failed.
+    pub failure: Option<Failure>,
+    /// What an administrator should know besides, at most [`ItemReport::MAX_NOTES`]. Codes: `container` (a
+    /// member matched, the whole container was taken), `other-links` (other names of the same file remain),
+    /// `reinstall` (the package to reinstall), `set-id-withheld` (set-user-id was not restored),
+    /// `metadata` (a part of the metadata could not be restored), `likely-false-positive`.
+    pub notes: Vec<Failure>,
+}
+
+impl ItemReport {
+    /// Most detections that one item settles.
+    pub const MAX_DETECTIONS: usize = 256;
+    /// Most notes.
+    pub const MAX_NOTES: usize = 16;
+}
+
+/// The sum of a cleanup or a restore; the items were reported before it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Tally {
+    /// Nothing was changed: it was asked what would be done.
+    pub dry_run: bool,
+    /// Items vaulted or restored (in a dry run: that would be).
+    pub done: u32,
+    /// Items with nothing to do.
+    pub gone: u32,
+    /// Items the agent would not touch.
+    pub refused: u32,
+    /// Items that did not succeed.
+    pub failed: u32,
+    /// Items not reached, because the task was called off or ran out of time.
+    pub left: u32,
+    /// Bytes vaulted or restored.
+    pub bytes: u64,
+}
+
+impl Tally {
+    /// Counts one item.
+    pub fn count(&mut self, item: &ItemReport) {
+        let field = match item.verdict {
+            ItemVerdict::Vaulted
+            | ItemVerdict::Restored
+            | ItemVerdict::WouldVault
+            | ItemVerdict::WouldRestore => {
+                self.bytes = self.bytes.saturating_add(item.size);
+                &mut self.done
+            }
+            ItemVerdict::Gone => &mut self.gone,
+            ItemVerdict::Refused => &mut self.refused,
+            ItemVerdict::Failed => &mut self.failed,
+        };
+        *field = field.saturating_add(1);
+    }
+
+    /// Whether everything asked for was done or needed no doing.
+    pub const fn is_whole(&self) -> bool {
+        self.refused == 0 && self.failed == 0 && self.left == 0
+    }
+}
+
+/// One item of an endpoint's vault.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct VaultEntry {
+    /// Its id.
+    pub id: VaultId,
+    /// Where the file was.
+    pub path: PathBytes,
+    /// Digest of its content.
+    pub sha256: Sha256,
+    /// Its size, in bytes.
+    pub size: u64,
+    /// When it was vaulted, in milliseconds since 1970.
+    pub vaulted_ms: i64,
+}
+
+/// What an agent tells unasked. Numbered in a lane of its own, and dropped (and counted) before a detection
+/// or an outcome is.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Notice {
+    /// When it was made, in milliseconds since 1970 by the agent's clock.
+    pub at_ms: i64,
+    /// Stable word: `agent-started`, `notices-lost`, `journal-damaged`, `vault-recovered`, `vault-damaged`,
+    /// `clock-jumped`, ...
+    pub code: String,
+    /// What happened, for the operator.
+    pub message: String,
+    /// How many, where the code counts something; else 0.
+    pub count: u64,
 }
 
 /// Why something was not looked at. The last three are counted and leave a verdict `clean`; any other

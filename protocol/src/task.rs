@@ -5,13 +5,20 @@ use std::fmt;
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
-use crate::{ids::Sha256, report::PathBytes};
+use crate::{
+    ids::{Sha256, VaultId},
+    report::PathBytes,
+};
 
 /// What an endpoint is ordered to do. Variants are only ever added at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum TaskSpec {
     /// Look at files with patterns.
     Scan(ScanSpec),
+    /// Remove what was detected.
+    Cleanup(CleanupSpec),
+    /// Put vaulted files back.
+    Restore(RestoreSpec),
 }
 
 impl TaskSpec {
@@ -19,6 +26,8 @@ impl TaskSpec {
     pub fn kind(&self) -> TaskKind {
         match self {
             Self::Scan(_) => TaskKind::Scan,
+            Self::Cleanup(_) => TaskKind::Cleanup,
+            Self::Restore(_) => TaskKind::Restore,
         }
     }
 }
@@ -29,16 +38,22 @@ impl TaskSpec {
 pub enum TaskKind {
     /// Look at files with patterns.
     Scan,
+    /// Remove what was detected.
+    Cleanup,
+    /// Put vaulted files back.
+    Restore,
 }
 
 impl TaskKind {
     /// Every kind.
-    pub const ALL: [Self; 1] = [Self::Scan];
+    pub const ALL: [Self; 3] = [Self::Scan, Self::Cleanup, Self::Restore];
 
     /// The number that stands for it in `Hello`.
     pub const fn number(self) -> u16 {
         match self {
             Self::Scan => 1,
+            Self::Cleanup => 2,
+            Self::Restore => 3,
         }
     }
 
@@ -46,6 +61,16 @@ impl TaskKind {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Scan => "scan",
+            Self::Cleanup => "cleanup",
+            Self::Restore => "restore",
+        }
+    }
+
+    /// Whether it changes the endpoint. At most one such task is carried out at a time.
+    pub const fn changes_host(self) -> bool {
+        match self {
+            Self::Scan => false,
+            Self::Cleanup | Self::Restore => true,
         }
     }
 }
@@ -74,6 +99,39 @@ impl ScanSpec {
     pub const MAX_PATH: usize = 4096;
     /// Most patterns in one order.
     pub const MAX_PATTERNS: usize = 256;
+}
+
+/// A cleanup: which detections to remove. Only what this agent itself detected and noted can be named; a path
+/// cannot.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct CleanupSpec {
+    /// [`crate::report::Detection::key`] of each, 1 to [`CleanupSpec::MAX_DETECTIONS`].
+    pub detections: Vec<Sha256>,
+    /// Say what would be done and change nothing.
+    pub dry_run: bool,
+}
+
+impl CleanupSpec {
+    /// Most detections in one order.
+    pub const MAX_DETECTIONS: usize = 1000;
+}
+
+/// A restore: which vaulted files to put back.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct RestoreSpec {
+    /// Their ids, 1 to [`RestoreSpec::MAX_ITEMS`].
+    pub items: Vec<VaultId>,
+    /// An absolute path to put the one item at instead; only with one item.
+    pub to: Option<PathBytes>,
+    /// Restore set-user-id and set-group-id bits and file capabilities too.
+    pub set_id: bool,
+    /// Say what would be done and change nothing.
+    pub dry_run: bool,
+}
+
+impl RestoreSpec {
+    /// Most items in one order.
+    pub const MAX_ITEMS: usize = 1000;
 }
 
 /// Names a pattern by its content.

@@ -39,7 +39,21 @@ pub(crate) struct Facts {
     mount: Option<u64>,
 }
 
+/// Which object on disk a name stood for. Device numbers may change with a boot, inode numbers do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Object {
+    /// The file system's device number.
+    pub(crate) device: u64,
+    /// The inode's number on it.
+    pub(crate) inode: u64,
+}
+
 impl Facts {
+    /// The object on disk.
+    pub(crate) fn object(&self) -> Object {
+        Object { device: self.device, inode: self.inode }
+    }
+
     /// Whether both are the same object on disk.
     fn is_same_object(&self, other: &Self) -> bool {
         self.kind == other.kind && self.device == other.device && self.inode == other.inode

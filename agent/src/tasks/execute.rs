@@ -43,6 +43,9 @@ pub(crate) async fn run(task: TaskId, spec: TaskSpec, context: Context, cancel: 
     let work = async {
         match spec {
             TaskSpec::Scan(spec) => scan(task, spec, context, cancel).await,
+            TaskSpec::Cleanup(_) | TaskSpec::Restore(_) => {
+                Outcome::Failed(Failure::new("unsupported", "this agent cannot do that"))
+            }
         }
     };
     // A fault in a task ends the task, never the agent, and is told like any other end.

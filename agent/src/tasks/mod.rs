@@ -251,6 +251,9 @@ fn invalid(spec: &TaskSpec) -> Option<Failure> {
                 Failure::new("invalid", "a scan needs absolute paths and patterns, within their limits")
             })
         }
+        TaskSpec::Cleanup(_) | TaskSpec::Restore(_) => {
+            Some(Failure::new("unsupported", "this agent cannot do that"))
+        }
     }
 }
 

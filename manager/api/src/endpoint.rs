@@ -36,6 +36,9 @@ pub struct EndpointQuery {
     /// Only these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connectivity: Option<Connectivity>,
+    /// Only those that this query of the overview counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub query: Option<crate::status::Query>,
 }
 
 /// One endpoint: a row of `GET /v1/endpoints`, or `GET /v1/endpoints/{target}` (id, host name or address).

@@ -10,7 +10,9 @@
 pub mod account;
 pub mod endpoint;
 pub mod error;
+pub mod event;
 pub mod pattern;
+pub mod status;
 pub mod task;
 pub mod token;
 

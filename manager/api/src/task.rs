@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use tm_protocol::{
-    report::Verdict,
+    report::{Failure, ItemVerdict, Tally, Verdict},
     task::{ScanLimits, TaskState},
 };
 
@@ -21,6 +21,64 @@ pub struct Targets {
     /// Every endpoint of this group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// Every endpoint that this query of the overview counts ([`crate::status::Query`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub query: Option<crate::status::Query>,
+}
+
+/// How an order is given, whatever it orders.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Terms {
+    /// How long it may wait to be begun, in seconds (default one hour).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_in_s: Option<u64>,
+    /// How long it may run, in seconds (default one hour).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_s: Option<u64>,
+    /// Also for endpoints that are not connected now.
+    #[serde(default)]
+    pub when_connected: bool,
+    /// Why, for the record.
+    #[serde(default)]
+    pub reason: String,
+    /// Say what would be done on the endpoint and change nothing there.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// `POST /v1/cleanups`: removes what was detected. One task for each endpoint (and for each thousand
+/// detections of one). The answer is the list of tasks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunCleanup {
+    /// For whom.
+    pub to: Targets,
+    /// Keys of detections (or unambiguous starts of them, eight digits or more) on those endpoints; empty
+    /// means every detection of every incident there that awaits cleanup.
+    #[serde(default)]
+    pub detections: Vec<String>,
+    /// The terms.
+    #[serde(default)]
+    pub terms: Terms,
+}
+
+/// `POST /v1/restores`: puts vaulted files back. One task for each endpoint concerned. The answer is the
+/// list of tasks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunRestore {
+    /// Ids of vault items.
+    pub items: Vec<String>,
+    /// Where to put the one item instead: base64 of an absolute path's bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to_b64: Option<String>,
+    /// Restore set-user-id and set-group-id bits and file capabilities too.
+    #[serde(default)]
+    pub set_id: bool,
+    /// The terms.
+    #[serde(default)]
+    pub terms: Terms,
 }
 
 /// `POST /v1/scans`: one task for each target. The answer is the list of tasks.
@@ -71,7 +129,7 @@ pub struct TaskQuery {
 pub struct TaskView {
     /// Its id.
     pub id: String,
-    /// What it is (`scan`).
+    /// What it is (`scan`, `cleanup`, `restore`).
     pub kind: String,
     /// For which endpoint.
     pub endpoint: String,
@@ -85,8 +143,14 @@ pub struct TaskView {
     pub message: Option<String>,
     /// While it runs.
     pub progress: Option<ProgressView>,
-    /// When it has ended well.
-    pub result: Option<ScanResult>,
+    /// What came of it, once it has ended (a cancelled task says what it had done by then).
+    pub result: Option<TaskResult>,
+    /// It was asked to change nothing and to say what it would do.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Somebody called it off and its agent has not yet said what came of that.
+    #[serde(default)]
+    pub cancelling: bool,
     /// Who ordered it.
     pub issuer: String,
     /// Why.
@@ -112,6 +176,111 @@ pub struct ProgressView {
     pub detections: u64,
     /// Skips so far.
     pub skipped: u64,
+}
+
+impl TaskView {
+    /// Its receipt, if it is a scan that has one.
+    pub fn scan(&self) -> Option<&ScanResult> {
+        self.result.as_ref().and_then(TaskResult::scan)
+    }
+
+    /// Its sum, if it is a cleanup or a restore that has one.
+    pub fn treatment(&self) -> Option<&Tally> {
+        self.result.as_ref().and_then(TaskResult::treatment)
+    }
+}
+
+/// What came of a task, by its kind.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TaskResult {
+    /// Of a scan.
+    Scan(ScanResult),
+    /// Of a cleanup or a restore. Its items are at `GET /v1/tasks/{id}/items`.
+    Treatment(Tally),
+}
+
+impl TaskResult {
+    /// A scan's receipt.
+    pub const fn scan(&self) -> Option<&ScanResult> {
+        match self {
+            Self::Scan(scan) => Some(scan),
+            Self::Treatment(_) => None,
+        }
+    }
+
+    /// A cleanup's or restore's sum.
+    pub const fn treatment(&self) -> Option<&Tally> {
+        match self {
+            Self::Scan(_) => None,
+            Self::Treatment(tally) => Some(tally),
+        }
+    }
+}
+
+/// `GET /v1/tasks/{id}/items`: a page of these.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ItemView {
+    /// Its number within the task, from 1; the position to page by.
+    pub id: i64,
+    /// The cleanup or restore.
+    pub task: String,
+    /// On which endpoint.
+    pub endpoint: String,
+    /// Escaped path.
+    pub path: String,
+    /// Exact bytes of the path.
+    pub path_b64: String,
+    /// Its item in the vault, where there is one.
+    pub vault: Option<String>,
+    /// Digest of the file, where known.
+    pub sha256: Option<String>,
+    /// Its size.
+    pub size: u64,
+    /// What came of it.
+    pub verdict: ItemVerdict,
+    /// Why, where it was refused or failed.
+    pub failure: Option<Failure>,
+    /// What an administrator should know besides.
+    pub notes: Vec<Failure>,
+    /// Keys of the detections it settles.
+    pub detections: Vec<String>,
+}
+
+/// `GET /v1/vault`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VaultQuery {
+    /// Only the vault of this endpoint (a target).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// Only items before this one, for the next page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<String>,
+    /// Most rows, newest first, 1 to 1000 (default 1000).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+}
+
+/// One vaulted file: a row of `GET /v1/vault`, newest first, as its agent last reported.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VaultItemView {
+    /// Its id.
+    pub id: String,
+    /// On which endpoint.
+    pub endpoint: String,
+    /// That endpoint's host name.
+    pub host: String,
+    /// Escaped path.
+    pub path: String,
+    /// Exact bytes of the path.
+    pub path_b64: String,
+    /// Digest of the content.
+    pub sha256: String,
+    /// Size, in bytes.
+    pub size: u64,
+    /// When it was vaulted.
+    pub vaulted_at: String,
 }
 
 /// What a scan found: the coverage receipt. Its detections are at `GET /v1/tasks/{id}/detections`.
@@ -153,6 +322,10 @@ pub struct SkippedView {
 pub struct DetectionView {
     /// Its number within the task, from 1; the position to page by.
     pub id: i64,
+    /// Names what was found where ([`tm_protocol::report::Detection::key`]); a cleanup is ordered by it.
+    pub key: String,
+    /// The incident it belongs to.
+    pub incident: Option<String>,
     /// The scan.
     pub task: String,
     /// On which endpoint.

@@ -74,6 +74,7 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
         | ToManager::Ping(_)
         | ToManager::Pong(_)
         | ToManager::Report(_)
+        | ToManager::Notices(_)
         | ToManager::Progress(_) => return Err(LinkError::Protocol("no enrollment request")),
     };
     let reply = if guard.is_blocked(from, Instant::now()) {

@@ -71,6 +71,7 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
         | ToManager::Ping(_)
         | ToManager::Pong(_)
         | ToManager::Report(_)
+        | ToManager::Notices(_)
         | ToManager::Progress(_)
         | ToManager::EnrollRequest(_) => return Err(LinkError::Protocol("the first message is no hello")),
     };
@@ -100,6 +101,7 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
         heartbeat_ms: u32::try_from(shared.heartbeat.as_millis()).unwrap_or(u32::MAX),
         addresses: shared.addresses.clone(),
         stored_through: opened.stored_through,
+        notices_through: 0,
     };
     let mut commands = shared.registry.enter(endpoint, opened.epoch, hello.process_nonce);
     let ended = async {
@@ -151,7 +153,7 @@ async fn converse<L: AsyncRead + AsyncWrite + Unpin>(
                         }
                         write(link, &ReportStored { through: stored }.into()).await?;
                     }
-                    ToManager::Hello(_) | ToManager::EnrollRequest(_) => {
+                    ToManager::Hello(_) | ToManager::EnrollRequest(_) | ToManager::Notices(_) => {
                         return Err(LinkError::Protocol("a message out of place"));
                     }
                 }

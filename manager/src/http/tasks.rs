@@ -4,7 +4,7 @@ use axum::{Json, extract::State};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use tm_api::{
     Page, PageQuery,
-    task::{DetectionView, ProgressView, ScanResult, SkippedView, TaskQuery, TaskView},
+    task::{DetectionView, ProgressView, ScanResult, SkippedView, TaskQuery, TaskResult, TaskView},
 };
 use tm_protocol::{ids::TaskId, text::escape};
 
@@ -77,7 +77,9 @@ pub(crate) fn view(row: TaskRow) -> Result<TaskView, StoreError> {
             detections: progress.detections,
             skipped: progress.skipped,
         }),
-        result: row.result.map(result_view).transpose()?,
+        result: row.result.map(result_view).transpose()?.map(TaskResult::Scan),
+        dry_run: false,
+        cancelling: false,
         issuer: row.issuer,
         reason: row.reason,
         created_at: rfc3339(row.created_ms),
@@ -113,6 +115,8 @@ fn result_view(row: ResultRow) -> Result<ScanResult, StoreError> {
 fn detection_view(task: TaskId, row: DetectionRow) -> DetectionView {
     DetectionView {
         id: row.ordinal,
+        key: String::new(),
+        incident: None,
         task: task.to_string(),
         endpoint: row.endpoint,
         path: escape(&row.path),

@@ -9,7 +9,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
 use sqlx::Row as _;
 use tm_protocol::{
-    ids::{EndpointId, Sha256, TaskId},
+    ids::{EndpointId, TaskId},
     message::{Outcome, Report, ReportBody},
     report::{Coverage, Detection, Failure, PathBytes},
     task::TaskState,
@@ -75,9 +75,17 @@ async fn record(tx: &mut Tx, endpoint: EndpointId, report: &Report, now_ms: i64)
         ReportBody::Detections { task, detections } => {
             detect(tx, endpoint, *task, detections, report.at_ms).await
         }
+        ReportBody::Items { .. } | ReportBody::Vault { .. } | ReportBody::Lost { .. } => Ok(()),
         ReportBody::Finished { task, outcome } => {
             let (state, failure, coverage) = match outcome {
                 Outcome::Scanned(coverage) => (TaskState::Done, None, Some(coverage)),
+                Outcome::Treated(_) => (TaskState::Done, None, None),
+                Outcome::TreatedUntilCancelled(_) => (TaskState::Cancelled, None, None),
+                Outcome::TreatedUntilDeadline(_) => (
+                    TaskState::Failed,
+                    Some(Failure::new("deadline", "the task took longer than its order allows")),
+                    None,
+                ),
                 Outcome::Failed(failure) => (TaskState::Failed, Some(failure.clone()), None),
                 Outcome::Cancelled(coverage) => (TaskState::Cancelled, None, coverage.as_ref()),
                 Outcome::Expired => (
@@ -168,27 +176,13 @@ async fn detect(
         .bind(detection.sha256.to_string())
         .bind(i64::try_from(detection.size).unwrap_or(i64::MAX))
         .bind(at_ms)
-        .bind(identity(detection).to_string())
+        .bind(detection.key().to_string())
         .execute(&mut **tx)
         .await
         .map_err(StoreError::query("store a detection"))?;
         ordinal += i64::try_from(stored.rows_affected()).unwrap_or(0);
     }
     Ok(())
-}
-
-/// Names what was found where. An agent that starts anew begins its scan again, and finds the same again.
-fn identity(detection: &Detection) -> Sha256 {
-    let mut text = Vec::new();
-    for part in [&detection.path].into_iter().chain(&detection.member) {
-        text.extend_from_slice(&u64::try_from(part.0.len()).unwrap_or(u64::MAX).to_be_bytes());
-        text.extend_from_slice(&part.0);
-    }
-    // No length above looks like this, so that a member is never taken for what follows.
-    text.extend_from_slice(&u64::MAX.to_be_bytes());
-    text.extend_from_slice(detection.pattern.as_bytes());
-    text.extend_from_slice(detection.rule.as_bytes());
-    Sha256::of(&text)
 }
 
 fn names(member: &[PathBytes]) -> Vec<String> {

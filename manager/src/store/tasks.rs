@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
 use tm_protocol::{
-    ids::{EndpointId, TaskId},
+    ids::{EndpointId, Sha256, TaskId, VaultId},
     report::{PathBytes, Verdict},
-    task::{PatternRef, ScanLimits, ScanSpec, TaskSpec, TaskState},
+    task::{CleanupSpec, PatternRef, RestoreSpec, ScanLimits, ScanSpec, TaskSpec, TaskState},
 };
 
 use super::{
@@ -140,6 +140,8 @@ impl Store {
         let expires_ms = now_ms.saturating_add(order.expires_in_ms);
         let action = match order.spec {
             TaskSpec::Scan(_) => "scan.start",
+            TaskSpec::Cleanup(_) => "cleanup.run",
+            TaskSpec::Restore(_) => "vault.restore",
         };
         let mut tx = self.begin().await?;
         let mut rows = Vec::with_capacity(recipients.len());
@@ -273,6 +275,8 @@ impl Store {
 #[serde(rename_all = "kebab-case")]
 enum SpecRow {
     Scan { paths_b64: Vec<String>, patterns: Vec<PatternRef>, limits: ScanLimits },
+    Cleanup { detections: Vec<Sha256>, dry_run: bool },
+    Restore { items: Vec<VaultId>, to_b64: Option<String>, set_id: bool, dry_run: bool },
 }
 
 fn spec_to_json(spec: &TaskSpec) -> String {
@@ -281,6 +285,15 @@ fn spec_to_json(spec: &TaskSpec) -> String {
             paths_b64: scan.paths.iter().map(|path| STANDARD.encode(&path.0)).collect(),
             patterns: scan.patterns.clone(),
             limits: scan.limits,
+        },
+        TaskSpec::Cleanup(cleanup) => {
+            SpecRow::Cleanup { detections: cleanup.detections.clone(), dry_run: cleanup.dry_run }
+        }
+        TaskSpec::Restore(restore) => SpecRow::Restore {
+            items: restore.items.clone(),
+            to_b64: restore.to.as_ref().map(|to| STANDARD.encode(&to.0)),
+            set_id: restore.set_id,
+            dry_run: restore.dry_run,
         },
     };
     serde_json::to_string(&row).expect("a spec is plain data")
@@ -296,6 +309,13 @@ pub(crate) fn spec_from_json(text: &str) -> Result<TaskSpec, StoreError> {
             let paths = paths_b64.iter().map(|p| bytes(p).map(PathBytes)).collect::<Result<_, _>>()?;
             Ok(TaskSpec::Scan(ScanSpec { paths, patterns, limits }))
         }
+        SpecRow::Cleanup { detections, dry_run } => {
+            Ok(TaskSpec::Cleanup(CleanupSpec { detections, dry_run }))
+        }
+        SpecRow::Restore { items, to_b64, set_id, dry_run } => {
+            let to = to_b64.map(|to| bytes(&to).map(PathBytes)).transpose()?;
+            Ok(TaskSpec::Restore(RestoreSpec { items, to, set_id, dry_run }))
+        }
     }
 }
 
@@ -306,6 +326,16 @@ fn what(spec: &TaskSpec) -> serde_json::Value {
             "paths": scan.paths.iter().map(PathBytes::to_string).collect::<Vec<_>>(),
             "patterns": scan.patterns.iter().map(|p| p.sha256.to_string()).collect::<Vec<_>>(),
             "limits": scan.limits,
+        }),
+        TaskSpec::Cleanup(cleanup) => json!({
+            "detections": cleanup.detections.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "dry_run": cleanup.dry_run,
+        }),
+        TaskSpec::Restore(restore) => json!({
+            "items": restore.items.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "to": restore.to.as_ref().map(PathBytes::to_string),
+            "set_id": restore.set_id,
+            "dry_run": restore.dry_run,
         }),
     }
 }

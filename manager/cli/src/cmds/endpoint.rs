@@ -42,7 +42,7 @@ pub(crate) async fn run(command: Endpoint, client: &Client, out: &Output) -> Res
                 (false, true) => Some(Connectivity::Disconnected),
                 (false, false) => None,
             };
-            let query = EndpointQuery { search, group, connectivity };
+            let query = EndpointQuery { search, group, connectivity, query: None };
             let found: Vec<EndpointView> = client.get(&["endpoints"], &query).await?;
             out.list(&found, &COLUMNS, "no endpoints")?;
         }

@@ -66,7 +66,7 @@ fn one(scanned: &Scanned) -> Outcome {
         }
         TaskState::Failed | TaskState::Cancelled => Outcome::Failed,
         TaskState::Refused => Outcome::Refused,
-        TaskState::Done => match task.result.as_ref().map(|result| result.verdict) {
+        TaskState::Done => match task.scan().map(|result| result.verdict) {
             Some(Verdict::Clean) => Outcome::Clean,
             Some(Verdict::Incomplete) => Outcome::Incomplete,
             Some(Verdict::Detected) => Outcome::Detected,
@@ -78,7 +78,7 @@ fn one(scanned: &Scanned) -> Outcome {
 
 /// How much a task has detected, as far as is known.
 pub(super) fn detections_of(task: &TaskView) -> Option<u64> {
-    match (&task.result, &task.progress) {
+    match (task.scan(), &task.progress) {
         (Some(result), _) => Some(result.detections),
         (None, Some(progress)) => Some(progress.detections),
         (None, None) => None,
@@ -146,7 +146,7 @@ pub(super) fn print(scanned: &[Scanned], out: &Output) -> Result<(), Failure> {
 /// The receipt of one task: a line, and one for each gap that is known by name.
 pub(super) fn text(task: &TaskView) -> String {
     let mut text = format!("{} ({}): ", escape_for_display(&task.host), escape_for_display(&task.endpoint));
-    match (&task.result, task.state) {
+    match (task.scan(), task.state) {
         (Some(result), _) => receipt(&mut text, result),
         (None, TaskState::Queued | TaskState::Delivered | TaskState::Running) => {
             let _ = writeln!(
@@ -227,7 +227,9 @@ mod tests {
             code: None,
             message: None,
             progress: None,
-            result,
+            result: result.map(tm_api::task::TaskResult::Scan),
+            dry_run: false,
+            cancelling: false,
             issuer: text("ann"),
             reason: String::new(),
             created_at: String::new(),
@@ -268,7 +270,7 @@ mod tests {
     fn a_receipt_names_what_was_not_seen_and_is_harmless() {
         let mut scanned = task(TaskState::Done, Some(Verdict::Incomplete));
         scanned.task.host = "we\u{1b}b".into();
-        let result = scanned.task.result.as_mut().unwrap();
+        let Some(tm_api::task::TaskResult::Scan(result)) = &mut scanned.task.result else { panic!("a scan") };
         result.skipped = BTreeMap::from([("encrypted".to_owned(), 1), ("symlink".to_owned(), 2)]);
         result.skipped_paths = vec![SkippedView {
             path: "/srv/a.zip".into(),

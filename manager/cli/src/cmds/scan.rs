@@ -61,7 +61,7 @@ fn order(args: StartScan) -> task::StartScan {
         ..defaults
     };
     task::StartScan {
-        to: task::Targets { targets: args.targets, search: args.search, group: args.group },
+        to: task::Targets { targets: args.targets, search: args.search, group: args.group, query: None },
         paths_b64: args.paths.iter().map(encoded).collect(),
         patterns: args.patterns,
         limits,

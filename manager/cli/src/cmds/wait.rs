@@ -135,7 +135,7 @@ fn line(tasks: &[TaskView]) -> String {
     let ended = tasks.iter().filter(|task| task.state.is_final()).count();
     let (mut files, mut size) = (0_u64, 0_u64);
     for task in tasks {
-        let (f, b) = match (&task.result, &task.progress) {
+        let (f, b) = match (task.scan(), &task.progress) {
             (Some(result), _) => (result.files, result.bytes),
             (None, Some(progress)) => (progress.files, progress.bytes),
             (None, None) => (0, 0),
