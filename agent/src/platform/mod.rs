@@ -1,4 +1,6 @@
 //! Linux facts, and the only room that reads them.
 
+pub(crate) mod critical;
 pub(crate) mod facts;
 pub(crate) mod fs;
+pub(crate) mod packages;
