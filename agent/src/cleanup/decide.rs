@@ -80,8 +80,8 @@ pub(super) enum Decision {
     Refuse(Failure, Vec<Failure>),
     /// It cannot be done.
     Fail(Failure),
-    /// It goes to the vault.
-    Take(Vec<Failure>),
+    /// This object goes to the vault.
+    Take(Object, Vec<Failure>),
 }
 
 /// Decides.
@@ -109,7 +109,7 @@ pub(super) fn decide(target: &Target, seen: &Seen, role: Option<Role>, owned: Ow
     }
     match belonging {
         Some(belonging @ Belonging::Intact(_)) => Decision::Refuse(belonging.note(), vec![]),
-        belonging => Decision::Take(notes(target, file.other_links, belonging.as_ref())),
+        belonging => Decision::Take(file.object, notes(target, file.other_links, belonging.as_ref())),
     }
 }
 
@@ -183,10 +183,9 @@ fn notes(target: &Target, other_links: u64, belonging: Option<&Belonging<'_>>) -
 
 /// Says that the same content can still be reached.
 pub(super) fn other_links_note(count: u64) -> Failure {
-    let names = if count == 1 { "1 other name (hard link)" } else { "other names (hard links)" };
     let message = match count {
-        1 => format!("{names} of the same file remains"),
-        count => format!("{count} {names} of the same file remain"),
+        1 => "1 other name (hard link) of the same file remains".to_owned(),
+        count => format!("{count} other names (hard links) of the same file remain"),
     };
     Failure::new("other-links", message)
 }
@@ -215,4 +214,147 @@ fn is_of_the_system(path: &[u8]) -> bool {
     let Some(path) = packages::normal(path) else { return true };
     SYSTEM_FOLDERS.iter().any(|folder| path.starts_with(folder))
         && !LOCAL_FOLDERS.iter().any(|folder| path.starts_with(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use tm_protocol::ids::Sha256;
+
+    use super::*;
+    use crate::platform::packages::{Digester, Manager};
+
+    fn target(path: &str) -> Target {
+        Target {
+            path: PathBytes(path.as_bytes().to_vec()),
+            sha256: Sha256::of(b"bad"),
+            size: 3,
+            objects: vec![],
+            keys: vec![Sha256::of(b"key")],
+            members: BTreeSet::new(),
+        }
+    }
+
+    fn checksums(content: &[u8]) -> Vec<Checksum> {
+        let mut digester = Digester::new(&[Algorithm::Md5].into());
+        digester.update(content);
+        digester.finish().1
+    }
+
+    const OBJECT: Object = Object { device: 1, inode: 2 };
+
+    fn file(other_links: u64) -> Seen {
+        Seen::File(File { object: OBJECT, checksums: checksums(b"bad"), other_links })
+    }
+
+    fn owner(name: &str, content: Option<&[u8]>) -> Owner {
+        let checksums = content.map(checksums).unwrap_or_default();
+        Owner { package: Package::new(name.as_bytes(), Manager::Apt), checksums }
+    }
+
+    /// The decision as one line: its word, its code, the codes of its notes.
+    fn shown(decision: &Decision) -> String {
+        let (word, code, notes) = match decision {
+            Decision::Gone => ("gone", "", &[][..]),
+            Decision::Refuse(failure, notes) => ("refuse", failure.code.as_str(), notes.as_slice()),
+            Decision::Fail(failure) => ("fail", failure.code.as_str(), &[][..]),
+            Decision::Take(object, notes) => {
+                assert_eq!(*object, OBJECT, "what was judged is what is taken");
+                ("take", "", notes.as_slice())
+            }
+        };
+        let words = [word, code].into_iter().chain(notes.iter().map(|note| note.code.as_str()));
+        words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn each_case_has_its_decision() {
+        let none: &[Owner] = &[];
+        let intact = &[owner("p", Some(b"bad"))][..];
+        let altered = &[owner("p", Some(b"good"))][..];
+        let listed = &[owner("p", None)][..];
+        let one_intact = &[owner("a", None), owner("b", Some(b"good")), owner("c", Some(b"bad"))][..];
+        let closed = Seen::Closed(Failure::new("unreadable", "x"));
+        let shell = Some(Role::Shell);
+        for (path, seen, role, owned, expected) in [
+            ("/home/x", file(0), None, Owned::By(none), "take"),
+            ("/home/x", file(2), None, Owned::By(none), "take other-links"),
+            ("/home/x", Seen::Gone, None, Owned::By(none), "gone"),
+            ("/home/x", Seen::Other("x"), None, Owned::By(none), "refuse changed"),
+            ("/home/x", closed.clone(), None, Owned::By(none), "fail unreadable"),
+            ("/usr/bin/x", file(0), None, Owned::By(none), "take"),
+            ("/usr/bin/x", file(0), None, Owned::By(intact), "refuse likely-false-positive"),
+            ("/usr/bin/x", file(0), None, Owned::By(altered), "take reinstall"),
+            ("/usr/bin/x", file(0), None, Owned::By(listed), "take package"),
+            ("/usr/bin/x", file(1), None, Owned::By(altered), "take reinstall other-links"),
+            ("/usr/bin/x", file(0), None, Owned::By(one_intact), "refuse likely-false-positive"),
+            ("/usr/bin/x", Seen::Gone, None, Owned::By(intact), "gone"),
+            ("/usr/bin/x", Seen::Other("x"), None, Owned::By(intact), "refuse changed"),
+            ("/usr/bin/sh", file(0), shell, Owned::By(none), "refuse critical-file"),
+            ("/usr/bin/sh", file(0), shell, Owned::By(intact), "refuse critical-file likely-false-positive"),
+            ("/usr/bin/sh", file(0), shell, Owned::By(altered), "refuse critical-file reinstall"),
+            ("/usr/bin/sh", file(0), shell, Owned::By(listed), "refuse critical-file package"),
+            ("/home/sh", file(0), shell, Owned::By(none), "refuse critical-file"),
+            ("/usr/bin/sh", file(0), shell, Owned::Unknown("x"), "refuse critical-file"),
+            ("/usr/bin/x", file(0), None, Owned::Unknown("x"), "fail package-unknown"),
+            ("/etc/x", file(0), None, Owned::Unknown("x"), "fail package-unknown"),
+            ("/tmp/../usr/bin/x", file(0), None, Owned::Unknown("x"), "fail package-unknown"),
+            ("/usr/local/bin/x", file(0), None, Owned::Unknown("x"), "take"),
+            ("/usrx", file(0), None, Owned::Unknown("x"), "take"),
+            ("/home/x", file(0), None, Owned::Unknown("x"), "take"),
+            ("/usr/bin/x", Seen::Gone, None, Owned::Unknown("x"), "gone"),
+        ] {
+            let decision = decide(&target(path), &seen, role, owned);
+            assert_eq!(shown(&decision), expected, "{path} {seen:?} {role:?} {owned:?}");
+        }
+    }
+
+    #[test]
+    fn a_package_is_named_with_the_command_that_puts_it_right() {
+        let message = |owner: Owner| {
+            let owners = [owner];
+            match decide(&target("/usr/bin/x"), &file(0), None, Owned::By(&owners)) {
+                Decision::Take(_, notes) => notes.first().unwrap().message.clone(),
+                Decision::Refuse(failure, _) => failure.message,
+                other @ (Decision::Gone | Decision::Fail(_)) => panic!("{other:?}"),
+            }
+        };
+        for (owner, expected) in [
+            (owner("cron", Some(b"good")), "reinstall the package: apt-get install --reinstall cron"),
+            (owner("a;b", Some(b"good")), "`a;b` delivered; reinstall the package"),
+            (owner("\u{202e}x", None), r"it belongs to package `\u{202e}x`"),
+            (owner("cron", Some(b"bad")), "is what package `cron` delivered (the checksum matches)"),
+        ] {
+            let message = message(owner);
+            assert!(message.contains(expected), "{message}");
+        }
+        let notes = notes_on_taken(&target("/usr/bin/x"), Owned::By(&[owner("cron", Some(b"good"))]));
+        assert_eq!(notes.iter().map(|note| note.code.as_str()).collect::<Vec<_>>(), ["reinstall"]);
+    }
+
+    #[test]
+    fn members_are_named_escaped_and_bounded() {
+        let mut target = target("/home/x.zip");
+        let members = |names: &[&[&[u8]]]| {
+            let member =
+                |names: &&[&[u8]]| names.iter().map(|name| PathBytes(name.to_vec())).collect::<Vec<_>>();
+            names.iter().map(member).collect::<BTreeSet<_>>()
+        };
+        for (names, expected) in [
+            (&[&[&b"inner.zip"[..], b"a\x1b[2J\xff"][..]][..], r"`inner.zip > a\u{1b}[2J\xff`"),
+            (&[&[&b"a"[..]][..], &[b"b"], &[b"c"], &[b"d"], &[b"e"]], "`a`, `b`, `c` and 2 more"),
+        ] {
+            target.members = members(names);
+            let notes = notes(&target, 0, None);
+            assert!(notes[0].message.ends_with(expected), "{notes:?}");
+            assert_eq!(notes[0].code, "container");
+        }
+        target.members = members(&[&["\u{e9}".repeat(5000).as_bytes()]]);
+        let message = &notes(&target, 0, None)[0].message;
+        assert!(message.len() < 300 && message.ends_with("\u{e9}\u{2026}`"), "{message}");
+        for (count, expected) in [(1, "1 other name (hard link)"), (2, "2 other names (hard links)")] {
+            assert!(other_links_note(count).message.starts_with(expected));
+        }
+    }
 }

@@ -315,3 +315,179 @@ fn object(path: &Path) -> Option<Object> {
 fn names_in(folder: &Path) -> impl Iterator<Item = std::ffi::OsString> + use<> {
     fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn system() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        for name in [
+            "usr/bin",
+            "usr/sbin",
+            "usr/lib/x86_64-linux-gnu",
+            "usr/lib/systemd",
+            "usr/lib64",
+            "usr/lib/apt/methods",
+            "etc/alternatives",
+            "opt/shells",
+            "boot/grub/x86",
+            "boot/EFI/vendor",
+            "state/patterns",
+            "home",
+        ] {
+            fs::create_dir_all(root.join(name)).unwrap();
+        }
+        for name in ["bin", "sbin", "lib", "lib64"] {
+            symlink(format!("usr/{name}"), root.join(name)).unwrap();
+        }
+        for name in [
+            "usr/bin/dash",
+            "usr/bin/real-dnf",
+            "usr/bin/dpkg",
+            "usr/bin/tmctl",
+            "usr/bin/ls",
+            "opt/shells/fish",
+            "usr/lib/systemd/systemd",
+            "usr/lib/x86_64-linux-gnu/libc-2.31.so",
+            "usr/lib/libc.so.7",
+            "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+            "usr/lib/ld-musl-x86_64.so.1",
+            "usr/lib/libz.so.1",
+            "usr/lib/apt/methods/http",
+            "boot/vmlinuz-6.1",
+            "boot/initrd.img-6.1",
+            "boot/grub/x86/ext2.mod",
+            "boot/EFI/vendor/shimx64.efi",
+            "boot/miner",
+            "boot/hidden",
+            "state/lock",
+            "state/patterns/p",
+            "home/sh",
+        ] {
+            fs::write(root.join(name), name).unwrap();
+        }
+        symlink("dash", root.join("usr/bin/sh")).unwrap();
+        symlink("../../etc/alternatives/dnf", root.join("usr/bin/dnf")).unwrap();
+        symlink("../../usr/bin/real-dnf", root.join("etc/alternatives/dnf")).unwrap();
+        symlink("../lib/systemd/systemd", root.join("usr/sbin/init")).unwrap();
+        symlink("libc-2.31.so", root.join("usr/lib/x86_64-linux-gnu/libc.so.6")).unwrap();
+        let shells = "# comment\n/bin/sh\n  /opt/shells/fish  \n/opt/gone\nrelative\n/\n";
+        fs::write(root.join("etc/shells"), shells).unwrap();
+        folder
+    }
+
+    /// The role of the file `name` below `root`, as a cleanup asks for it.
+    fn role(critical: &Critical, root: &Path, name: &str) -> Option<Role> {
+        let path = fs::canonicalize(root).unwrap().join(name);
+        let facts = fs::symlink_metadata(&path).unwrap();
+        let object = Object { device: facts.dev(), inode: facts.ino() };
+        critical.role(path.as_os_str().as_bytes(), object)
+    }
+
+    #[test]
+    fn what_a_system_needs_is_critical_and_nothing_else() {
+        let folder = system();
+        let root = folder.path();
+        let critical = Critical::survey_at(root, &root.join("state"));
+        for (name, expected) in [
+            ("usr/bin/dash", Some(Role::Shell)),
+            ("opt/shells/fish", Some(Role::Shell)),
+            ("usr/bin/real-dnf", Some(Role::PackageManager)),
+            ("usr/bin/dpkg", Some(Role::PackageManager)),
+            ("usr/lib/apt/methods/http", Some(Role::PackageManager)),
+            ("usr/bin/tmctl", Some(Role::OwnProgram)),
+            ("usr/lib/systemd/systemd", Some(Role::Init)),
+            ("usr/lib/x86_64-linux-gnu/libc-2.31.so", Some(Role::Library)),
+            ("usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", Some(Role::Library)),
+            ("usr/lib/ld-musl-x86_64.so.1", Some(Role::Library)),
+            ("boot/vmlinuz-6.1", Some(Role::Boot)),
+            ("boot/initrd.img-6.1", Some(Role::Boot)),
+            ("boot/grub/x86/ext2.mod", Some(Role::Boot)),
+            ("boot/EFI/vendor/shimx64.efi", Some(Role::Boot)),
+            ("state/lock", Some(Role::OwnState)),
+            ("state/patterns/p", Some(Role::OwnState)),
+            ("usr/bin/ls", None),
+            ("usr/lib/libz.so.1", None),
+            ("usr/lib/libc.so.7", None),
+            ("boot/miner", None),
+            ("boot/hidden", None),
+            ("home/sh", None),
+            ("etc/shells", None),
+        ] {
+            assert_eq!(role(&critical, root, name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn another_name_of_a_critical_file_is_known_by_its_object() {
+        let folder = system();
+        let root = folder.path();
+        let link = |from: &str, to: &str| fs::hard_link(root.join(from), root.join(to)).unwrap();
+        link("usr/bin/dash", "home/dash");
+        link("usr/lib/x86_64-linux-gnu/libc-2.31.so", "home/libc");
+        link("boot/grub/x86/ext2.mod", "home/mod");
+        link("usr/bin/ls", "home/ls");
+        let critical = Critical::survey_at(root, &root.join("state"));
+        assert_eq!(role(&critical, root, "home/dash"), Some(Role::Shell));
+        assert_eq!(role(&critical, root, "home/libc"), Some(Role::Library));
+        assert_eq!(role(&critical, root, "home/mod"), Some(Role::Boot));
+        assert_eq!(role(&critical, root, "home/ls"), None, "the control");
+    }
+
+    #[test]
+    fn a_critical_place_counts_whatever_stands_there() {
+        let folder = system();
+        let root = folder.path();
+        // The link is replaced by a file of a stranger's: before the survey, and after it.
+        let replace = |name: &str| {
+            fs::remove_file(root.join(name)).unwrap();
+            fs::write(root.join(name), "malware").unwrap();
+        };
+        replace("usr/bin/sh");
+        let critical = Critical::survey_at(root, &root.join("state"));
+        assert_eq!(role(&critical, root, "usr/bin/sh"), Some(Role::Shell));
+        replace("usr/bin/dpkg");
+        replace("usr/bin/dnf");
+        replace("boot/vmlinuz-6.1");
+        fs::write(root.join("boot/grub/new.mod"), "malware").unwrap();
+        fs::write(root.join("state/new"), "malware").unwrap();
+        assert_eq!(role(&critical, root, "usr/bin/dpkg"), Some(Role::PackageManager));
+        assert_eq!(role(&critical, root, "usr/bin/dnf"), Some(Role::PackageManager));
+        assert_eq!(role(&critical, root, "boot/vmlinuz-6.1"), Some(Role::Boot));
+        assert_eq!(role(&critical, root, "boot/grub/new.mod"), Some(Role::Boot));
+        assert_eq!(role(&critical, root, "state/new"), Some(Role::OwnState));
+    }
+
+    #[test]
+    fn our_folder_is_known_under_another_name() {
+        let folder = system();
+        let root = folder.path();
+        symlink("state", root.join("other")).unwrap();
+        let critical = Critical::survey_at(root, &root.join("other"));
+        assert_eq!(role(&critical, root, "state/patterns/p"), Some(Role::OwnState));
+        // As a second mount would show it: other names, the same objects.
+        assert_eq!(role(&critical, root, "other/patterns/p"), Some(Role::OwnState));
+        assert_eq!(role(&critical, root, "home/sh"), None, "the control");
+    }
+
+    #[test]
+    fn this_system_has_a_shell_a_c_library_and_this_program() {
+        let critical = Critical::survey(Path::new("/none"));
+        let real = |path: &str| fs::canonicalize(path).unwrap();
+        let at =
+            |path: &Path| role(&critical, Path::new("/"), path.strip_prefix("/").unwrap().to_str().unwrap());
+        assert_eq!(at(&real("/bin/sh")), Some(Role::Shell));
+        assert_eq!(at(&std::env::current_exe().unwrap()), Some(Role::OwnProgram));
+        let mapped = fs::read_to_string("/proc/self/maps").unwrap();
+        let library =
+            mapped.split_whitespace().find(|word| word.contains("/libc.so") || word.contains("/ld-"));
+        if let Some(library) = library {
+            assert_eq!(at(&real(library)), Some(Role::Library), "{library}");
+        }
+        assert_eq!(at(&real("/etc/passwd")), None);
+    }
+}

@@ -205,6 +205,9 @@ impl Dpkg {
         let mut stanza = Stanza::default();
         self.lines("status", &mut |line| {
             let Some((path, digest)) = stanza.conffile(line) else { return };
+            if wanted.find(path, folders).next().is_none() {
+                return;
+            }
             let (package, architecture) = (stanza.package.clone(), stanza.architecture.clone());
             let stems: Vec<Vec<u8>> = claims
                 .keys()
@@ -316,5 +319,220 @@ impl Stanza {
             self.architecture = architecture.to_vec();
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::symlink, time::Instant};
+
+    use super::*;
+    use crate::platform::packages::Packages;
+
+    const ONE: &str = "11111111111111111111111111111111";
+    const TWO: &str = "22222222222222222222222222222222";
+
+    /// A system with `/bin` and `/lib` as links into `/usr`, as most have them.
+    struct System {
+        folder: tempfile::TempDir,
+    }
+
+    impl System {
+        fn new() -> Self {
+            let system = Self { folder: tempfile::tempdir().unwrap() };
+            for folder in ["usr/bin", "usr/lib", "etc", "run", "var", "opt/odd", "dpkg/info"] {
+                fs::create_dir_all(system.path(folder)).unwrap();
+            }
+            symlink("usr/bin", system.path("bin")).unwrap();
+            symlink("usr/lib", system.path("lib")).unwrap();
+            symlink("../run", system.path("var/run")).unwrap();
+            system
+        }
+
+        fn path(&self, within: &str) -> PathBuf {
+            fs::canonicalize(self.folder.path()).unwrap().join(within)
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            fs::write(self.path("dpkg").join(name), text).unwrap();
+        }
+
+        fn package(&self, name: &str, list: &[&str], md5sums: &[(&str, &str)]) {
+            self.write(
+                &format!("info/{name}.list"),
+                &list.iter().map(|p| format!("{p}\n")).collect::<String>(),
+            );
+            let md5sums: String = md5sums.iter().map(|(sum, path)| format!("{sum}  {path}\n")).collect();
+            self.write(&format!("info/{name}.md5sums"), &md5sums);
+        }
+
+        /// The owners of paths below the root, as `name digest digest`; configuration files are marked.
+        fn owners(&self, within: &[&str]) -> Vec<Vec<String>> {
+            let wanted: Vec<PathBytes> = within
+                .iter()
+                .map(|name| PathBytes(self.path(name).as_os_str().as_bytes().to_vec()))
+                .collect();
+            let packages = Packages::of_dpkg(&self.path(""), &self.path("dpkg"));
+            let found = packages.look_up(&wanted).unwrap();
+            let show = |owner: &Owner| {
+                let digests = [ONE, TWO].into_iter().filter(|digits| {
+                    let checksum = Checksum::from_hex(Algorithm::Md5, digits.as_bytes()).unwrap();
+                    owner.checksums.contains(&checksum)
+                });
+                let config = owner.package.reinstall().is_some_and(|c| c.contains("confmiss"));
+                let words = [owner.package.to_string()].into_iter().chain(digests.map(|d| d[..1].to_owned()));
+                words.chain(config.then(|| "config".to_owned())).collect::<Vec<_>>().join(" ")
+            };
+            let mut owners: Vec<Vec<String>> =
+                wanted.iter().map(|path| found.get(path).into_iter().flatten().map(show).collect()).collect();
+            owners.iter_mut().for_each(|owners| owners.sort());
+            owners
+        }
+
+        fn owner(&self, within: &str) -> Vec<String> {
+            self.owners(&[within]).remove(0)
+        }
+    }
+
+    #[test]
+    fn a_file_is_found_under_either_name_of_a_merged_folder() {
+        let system = System::new();
+        system.package("old", &["/.", "/bin", "/bin/ls", "/lib/x.so"], &[(ONE, "bin/ls")]);
+        system.package("new", &["/usr/bin/cat"], &[(TWO, "usr/bin/cat")]);
+        system.package("daemon", &["/var/run/d.pid"], &[(ONE, "var/run/d.pid")]);
+        assert_eq!(system.owner("usr/bin/ls"), ["old 1"]);
+        assert_eq!(system.owner("usr/bin/cat"), ["new 2"]);
+        assert_eq!(system.owner("usr/lib/x.so"), ["old"], "listed without a checksum");
+        assert_eq!(system.owner("run/d.pid"), ["daemon 1"]);
+        assert_eq!(system.owner("usr/bin/../bin//./ls"), ["old 1"], "another spelling");
+        assert!(system.owner("usr/bin/dog").is_empty());
+        assert!(system.owner("opt/ls").is_empty(), "the same name elsewhere");
+        let all = system.owners(&["usr/bin/cat", "usr/bin/dog", "usr/bin/ls"]);
+        assert_eq!(all, [vec!["new 2".to_owned()], vec![], vec!["old 1".to_owned()]], "several at once");
+    }
+
+    #[test]
+    fn odd_names_are_whole_lines() {
+        let system = System::new();
+        let names = [
+            "opt/odd/a b",
+            "opt/odd/ end ",
+            "opt/odd/\u{e4}\u{202e}",
+            "opt/odd/back\\slash",
+            "opt/odd/tab\t",
+        ];
+        let listed: Vec<String> = names.iter().map(|name| format!("/{name}")).collect();
+        let listed: Vec<&str> = listed.iter().map(String::as_str).collect();
+        let sums: Vec<(&str, &str)> = names.iter().map(|name| (ONE, *name)).collect();
+        system.package("odd", &listed, &sums);
+        for name in names {
+            assert_eq!(system.owner(name), ["odd 1"], "{name:?}");
+        }
+        // A stranger's name that holds a listed one after a newline, and one that ends in a listed one.
+        for name in ["opt/odd/x\n/opt/odd/a b", "opt/odd/a b\n", "opt/odd/a", "opt/odd/a b "] {
+            assert!(system.owner(name).is_empty(), "{name:?}");
+        }
+        let long = format!("opt/{}", "x".repeat(20_000));
+        system.package("long", &[&format!("/{long}"), "/opt/odd/after"], &[]);
+        assert!(system.owner(&long).is_empty());
+        assert_eq!(system.owner("opt/odd/after"), ["long"], "a line after one that is too long");
+    }
+
+    #[test]
+    fn packages_of_several_architectures_share_a_file() {
+        let system = System::new();
+        system.package("libx:amd64", &["/usr/lib/shared"], &[(ONE, "usr/lib/shared")]);
+        system.package("libx:i386", &["/usr/lib/shared", "/etc/x.conf"], &[(ONE, "usr/lib/shared")]);
+        system.write(
+            "status",
+            &format!(
+                "Package: libx\nArchitecture: amd64\nConffiles:\n /etc/x.conf {ONE}\n\n\
+                 Package: libx\nArchitecture: i386\nConffiles:\n /etc/x.conf {TWO}\nVersion: 1\n"
+            ),
+        );
+        assert_eq!(system.owner("usr/lib/shared"), ["libx:amd64 1", "libx:i386 1"]);
+        assert_eq!(system.owner("etc/x.conf"), ["libx:i386 2 config"]);
+    }
+
+    #[test]
+    fn configuration_files_have_their_checksums_in_the_status() {
+        let system = System::new();
+        let files = ["/etc/a", "/etc/b c", "/etc/d", "/etc/e", "/etc/f", "/etc/g"];
+        system.package("p", &files, &[(TWO, "etc/g")]);
+        system.write(
+            "status",
+            &format!(
+                "Package: other\nConffiles:\n /etc/a {TWO}\n\n\
+                 Package: p\nStatus: install ok installed\nArchitecture: all\nConffiles:\n /etc/a {ONE}\n \
+                 /etc/b c {ONE} obsolete\n /etc/d {ONE} remove-on-upgrade\n /etc/e newconffile\n \
+                 /etc/g {ONE}\nDescription: x\n /etc/f {ONE}\n"
+            ),
+        );
+        assert_eq!(system.owner("etc/a"), ["p 1 config"], "not the other package's");
+        assert_eq!(system.owner("etc/b c"), ["p 1 config"]);
+        assert_eq!(system.owner("etc/d"), ["p 1 config"]);
+        assert_eq!(system.owner("etc/e"), ["p config"], "not known yet");
+        assert_eq!(system.owner("etc/f"), ["p"], "a line of the description");
+        assert_eq!(system.owner("etc/g"), ["p 2"], "the package's own list is enough");
+    }
+
+    #[test]
+    fn a_diverted_file_lies_elsewhere() {
+        let system = System::new();
+        system.package("dash", &["/bin/sh"], &[(ONE, "bin/sh")]);
+        system.package("shell", &["/bin/sh"], &[(TWO, "bin/sh")]);
+        assert_eq!(system.owner("usr/bin/sh"), ["dash 1", "shell 2"], "the control");
+        system.write("diversions", "/bin/sh\n/bin/sh.distrib\ndash\n");
+        assert_eq!(system.owner("usr/bin/sh"), ["dash 1"]);
+        assert_eq!(system.owner("usr/bin/sh.distrib"), ["shell 2"]);
+        system.write("diversions", "/usr/bin/sh\n/usr/bin/sh.real\n:\n/x\n");
+        assert!(system.owner("usr/bin/sh").is_empty(), "the administrator has put another there");
+        assert_eq!(system.owner("usr/bin/sh.real"), ["dash 1", "shell 2"]);
+    }
+
+    #[test]
+    fn damage_is_an_error_or_costs_a_checksum() {
+        let system = System::new();
+        system.package("p", &["/usr/bin/x"], &[("1111", "usr/bin/x"), ("z", "")]);
+        assert_eq!(system.owner("usr/bin/x"), ["p"], "a checksum that is none");
+        fs::write(system.path("dpkg/info/q.list"), b"\xff\0\n/usr/bin/x").unwrap();
+        assert_eq!(system.owner("usr/bin/x"), ["p", "q"], "a last line without an end");
+
+        fs::create_dir(system.path("dpkg/info/bad.list")).unwrap();
+        let packages = Packages::of_dpkg(&system.path(""), &system.path("dpkg"));
+        let error = packages.look_up(&[PathBytes(b"/x".to_vec())]).unwrap_err();
+        assert!(matches!(error, PackageError::Read { .. }), "{error}");
+        assert!(Dpkg::at(Path::new("/"), &system.path("none")).is_none());
+    }
+
+    /// The system that the tests run on, if it is Debian's.
+    #[test]
+    fn the_files_of_this_system_are_found() {
+        let Some(dpkg) = Dpkg::at(Path::new("/"), Path::new("/var/lib/dpkg")) else {
+            eprintln!("not tried: this system has no dpkg database");
+            return;
+        };
+        let begin = Instant::now();
+        let mut paths: Vec<PathBytes> = Vec::new();
+        for entry in fs::read_dir("/usr/bin").unwrap().map(|entry| entry.unwrap()) {
+            if entry.file_type().unwrap().is_file() && paths.len() < 98 {
+                paths.push(PathBytes(entry.path().as_os_str().as_bytes().to_vec()));
+            }
+        }
+        let ls = PathBytes(b"/usr/bin/ls".to_vec());
+        let copyright = PathBytes(b"/usr/share/doc/bash/copyright".to_vec());
+        paths.extend([ls.clone(), copyright.clone()]);
+        let mut owners = Owners::new();
+        dpkg.look_up(&paths, &mut owners).unwrap();
+        let elapsed = begin.elapsed();
+
+        let [owner] = owners.get(&ls).unwrap().as_slice() else { panic!("{owners:?}") };
+        assert_eq!(owner.package.to_string(), "coreutils");
+        let mut digester = crate::platform::packages::Digester::new(&[Algorithm::Md5].into());
+        digester.update(&fs::read("/usr/bin/ls").unwrap());
+        let (_, computed) = digester.finish();
+        assert!(owner.checksums.len() == 1 && computed.contains(&owner.checksums[0]), "{owner:?}");
+        assert_eq!(owners.get(&copyright).map(Vec::len), Some(1));
+        eprintln!("{} of {} paths have owners, found in {elapsed:?}", owners.len(), paths.len());
     }
 }

@@ -273,3 +273,172 @@ impl<'l> Listed<'l> {
         Some(Self { package, checksum, path })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    /// A real package, built and installed into a throwaway folder with a database of its own.
+    struct Installed {
+        folder: tempfile::TempDir,
+    }
+
+    impl Installed {
+        /// `None` if this system has no `rpm` and `rpmbuild`.
+        fn new() -> Option<Self> {
+            if !["/usr/bin/rpm", "/usr/bin/rpmbuild"].iter().all(|program| Path::new(program).exists()) {
+                eprintln!("not tried: `rpm` and `rpmbuild` are not installed (Debian: apt-get install rpm)");
+                return None;
+            }
+            let installed = Self { folder: tempfile::tempdir().unwrap() };
+            let files = installed.path("files");
+            let spec = format!(
+                "Name: tm-sample\nVersion: 1.0~rc1\nRelease: 2\nEpoch: 3\nSummary: x\nLicense: MIT\n\
+                 BuildArch: noarch\n%description\nx\n%install\nmkdir -p %{{buildroot}}{files}/sub\n\
+                 printf 'hello\\n' > %{{buildroot}}{files}/hello\n\
+                 printf 'odd\\n' > '%{{buildroot}}{files}/sub/odd na\u{ef}me'\n\
+                 ln -s hello %{{buildroot}}{files}/link\n%files\n{files}\n",
+                files = files.display()
+            );
+            fs::write(installed.path("sample.spec"), spec).unwrap();
+            let top = format!("_topdir {}", installed.path("top").display());
+            let build = ["-bb", "--quiet", "--define", &top, "--define", "_build_id_links none"];
+            run(Command::new("/usr/bin/rpmbuild").args(build).arg(installed.path("sample.spec")));
+            let package = installed.path("top/RPMS/noarch/tm-sample-1.0~rc1-2.noarch.rpm");
+            let mut install = Command::new("/usr/bin/rpm");
+            install.args(["--install", "--nodeps", "--dbpath"]).arg(installed.path("db")).arg(package);
+            if Path::new("/etc/debian_version").exists() {
+                // Debian's own addition: rpm there thinks that it must be a mistake.
+                install.arg("--force-debian");
+            }
+            run(&mut install);
+            assert_eq!(fs::read(files.join("hello")).unwrap(), b"hello\n", "the control: it is installed");
+            Some(installed)
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            fs::canonicalize(self.folder.path()).unwrap().join(name)
+        }
+
+        fn rpm(&self) -> Rpm {
+            Rpm {
+                program: "/usr/bin/rpm".into(),
+                database: Some(self.path("db")),
+                manager: Manager::Dnf,
+                patience: PATIENCE,
+            }
+        }
+    }
+
+    fn run(command: &mut Command) {
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn bytes(path: &Path) -> PathBytes {
+        PathBytes(path.as_os_str().as_bytes().to_vec())
+    }
+
+    #[test]
+    fn an_installed_package_owns_its_files() {
+        let Some(installed) = Installed::new() else { return };
+        let hello = bytes(&installed.path("files/hello"));
+        let odd = bytes(&installed.path("files/sub/odd na\u{ef}me"));
+        let link = bytes(&installed.path("files/link"));
+        fs::write(installed.path("files/stranger"), b"x").unwrap();
+        let stranger = bytes(&installed.path("files/stranger"));
+        let missing = bytes(&installed.path("files/missing"));
+        // What a stranger's file would have to be called to pass for a line of rpm's answer.
+        let digest = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03";
+        let forged = format!("tm-sample\t8\t{digest}\t{}", installed.path("files/stranger").display());
+        let forger = PathBytes([b"/tmp/x\npackage\ttm-sample\n", forged.as_bytes()].concat());
+        let paths = [&hello, &odd, &link, &stranger, &missing, &forger].map(Clone::clone);
+        let mut owners = Owners::new();
+        installed.rpm().look_up(&paths, &mut owners).unwrap();
+
+        let only = |path: &PathBytes| {
+            let [owner] = owners.get(path).unwrap().as_slice() else { panic!("{owners:?}") };
+            assert_eq!(owner.package.reinstall().as_deref(), Some("dnf reinstall tm-sample"));
+            owner.checksums.clone()
+        };
+        assert_eq!(only(&hello), [Checksum::from_hex(Algorithm::Sha256, digest.as_bytes()).unwrap()]);
+        assert_eq!(only(&odd).len(), 1);
+        assert_eq!(only(&link), []);
+        assert_eq!(owners.len(), 3, "{owners:?}");
+
+        let mut none = Owners::new();
+        installed.rpm().look_up(&[stranger], &mut none).unwrap();
+        assert!(none.is_empty(), "nobody owns any");
+    }
+
+    #[test]
+    fn a_damaged_database_is_an_error_and_no_answer() {
+        let Some(installed) = Installed::new() else { return };
+        let hello = bytes(&installed.path("files/hello"));
+        for entry in fs::read_dir(installed.path("db")).unwrap().map(|entry| entry.unwrap()) {
+            fs::write(entry.path(), vec![b'x'; 8192]).unwrap();
+        }
+        let mut owners = Owners::new();
+        let error = installed.rpm().look_up(&[hello], &mut owners).unwrap_err();
+        assert!(matches!(error, PackageError::Rpm(_)), "{error}");
+        assert!(owners.is_empty());
+    }
+
+    #[test]
+    fn a_program_that_hangs_floods_or_is_not_roots_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("rpm");
+        let ask = |script: &str, mode, patience| {
+            fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(&program, fs::Permissions::from_mode(mode)).unwrap();
+            let rpm = Rpm { program: program.clone(), database: None, manager: Manager::None, patience };
+            rpm.look_up(&[PathBytes(b"/x".to_vec())], &mut Owners::new())
+        };
+        let second = Duration::from_secs(1);
+        assert!(matches!(ask("exit 0", 0o777, second), Err(PackageError::NotOfRoot { .. })));
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("not tried: only root can make a program that is root's");
+            return;
+        }
+        ask("echo \"file $6 is not owned by any package\"; exit 1", 0o755, PATIENCE).unwrap();
+        let begin = Instant::now();
+        for script in ["exec sleep 100", "exec >&- 2>&-; exec sleep 100", "while :; do echo x; done"] {
+            let error = ask(script, 0o755, second).unwrap_err();
+            assert!(matches!(error, PackageError::Excess(_)), "{script}: {error}");
+        }
+        let error = ask("exec cat /dev/zero", 0o755, PATIENCE).unwrap_err();
+        assert!(matches!(error, PackageError::Excess("it was too long")), "{error}");
+        assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
+        let error = ask("echo 'error: \u{9b}rpmdb' >&2", 0o755, PATIENCE).unwrap_err();
+        assert_eq!(error.to_string(), r"rpm says: error: \u{9b}rpmdb");
+        fs::remove_file(&program).unwrap();
+        let rpm = Rpm { program, database: None, manager: Manager::None, patience: second };
+        let error = rpm.look_up(&[PathBytes(b"/x".to_vec())], &mut Owners::new()).unwrap_err();
+        assert!(matches!(error, PackageError::Ask { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_line_of_the_answer_is_read_or_ignored() {
+        let md5 = "900150983cd24fb0d6963f7d28e17f72";
+        let sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        for (line, algorithm, digest) in [
+            (format!("p\t8\t{sha256}\t/a\tb"), Algorithm::Sha256, Some(sha256)),
+            (format!("p\t1\t{md5}\t/a\tb"), Algorithm::Md5, Some(md5)),
+            (format!("p\t(none)\t{md5}\t/a\tb"), Algorithm::Md5, Some(md5)),
+            (format!("p\t2\t{md5}\t/a\tb"), Algorithm::Md5, None),
+            (format!("p\t8\t{md5}\t/a\tb"), Algorithm::Md5, None),
+            ("p\t8\t\t/a\tb".to_owned(), Algorithm::Md5, None),
+        ] {
+            let checksum = digest.map(|digits| Checksum::from_hex(algorithm, digits.as_bytes()).unwrap());
+            let listed = Listed { package: b"p", checksum, path: b"/a\tb" };
+            assert_eq!(Listed::read(line.as_bytes()), Some(listed), "{line:?}");
+        }
+        for line in ["", "file /a is not owned by any package", "p\t8\tx"] {
+            assert_eq!(Listed::read(line.as_bytes()), None, "{line:?}");
+        }
+        assert_eq!(error_in(b"error: file /a: No such file or directory\nwarning: old\n"), None);
+        assert_eq!(error_in(b"warning: x\nerror: cannot open\n"), Some(&b"error: cannot open"[..]));
+    }
+}
