@@ -6,6 +6,7 @@ mod daemon;
 mod enroll;
 mod paths;
 mod platform;
+mod records;
 mod scan;
 mod tasks;
 mod tls;
