@@ -40,6 +40,11 @@ impl Paths {
         self.root.join("identity.new")
     }
 
+    /// What the agent must not forget: tasks, reports, detections.
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.root.join("journal")
+    }
+
     /// Patterns by digest.
     pub(crate) fn patterns(&self) -> PathBuf {
         self.root.join("patterns")
