@@ -15,6 +15,7 @@ use crate::programs;
 const NEEDED: [(&str, &str, &str); 4] = [
     ("strace", "strace", "tests that watch or fail single system calls"),
     ("nft", "nftables", "tests of network rules"),
+    ("faketime", "faketime", "tests with a wrong clock"),
     ("ip", "iproute2", "tests in network namespaces"),
     ("sqlite3", "sqlite3", "the test that tampers with the audit log"),
 ];

@@ -410,7 +410,7 @@ fn scratch() -> tempfile::TempDir {
 }
 
 fn runs(usual: u32) -> ProptestConfig {
-    let long = std::env::var_os("TM_LONG").is_some();
+    let long = std::env::var_os("TM_TEST_LONG").is_some();
     ProptestConfig {
         cases: if long { usual * 10 } else { usual },
         max_shrink_iters: 2_000,
