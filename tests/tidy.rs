@@ -30,12 +30,13 @@ const CRATES: [(&str, &[&str]); 9] = [
 
 /// Which rooms of the agent a room may use. Files beside the rooms (config, paths, …) are plumbing: the
 /// composition root alone may know everything.
-const AGENT: [(&str, &[&str]); 4] = [
+const AGENT: [(&str, &[&str]); 5] = [
     ("platform", &[]),
     ("scan", &["platform"]),
     // `execute` hands each task to its room, and has patterns fetched for it.
     ("tasks", &["platform", "scan", "connection"]),
     ("connection", &["platform"]),
+    ("vault", &["platform"]),
 ];
 
 /// The same for the manager.

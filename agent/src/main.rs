@@ -10,6 +10,7 @@ mod records;
 mod scan;
 mod tasks;
 mod tls;
+mod vault;
 
 fn main() -> std::process::ExitCode {
     cli::run()

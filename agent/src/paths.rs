@@ -50,6 +50,11 @@ impl Paths {
         self.root.join("patterns")
     }
 
+    /// Removed files, encrypted.
+    pub(crate) fn vault(&self) -> PathBuf {
+        self.root.join("vault")
+    }
+
     /// What the running agent tells about itself.
     pub(crate) fn status(&self) -> PathBuf {
         self.root.join("status.json")

@@ -1,4 +1,6 @@
 //! Linux facts, and the only room that reads them.
 
+pub(crate) mod attributes;
+pub(crate) mod create;
 pub(crate) mod facts;
 pub(crate) mod fs;
