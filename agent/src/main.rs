@@ -1,5 +1,6 @@
 //! `tm-agent`: the program on every endpoint.
 
+mod cleanup;
 mod cli;
 mod connection;
 mod daemon;
