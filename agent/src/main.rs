@@ -7,9 +7,11 @@ mod daemon;
 mod enroll;
 mod paths;
 mod platform;
+mod records;
 mod scan;
 mod tasks;
 mod tls;
+mod vault;
 
 fn main() -> std::process::ExitCode {
     cli::run()

@@ -40,9 +40,19 @@ impl Paths {
         self.root.join("identity.new")
     }
 
+    /// What the agent must not forget: tasks, reports, detections.
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.root.join("journal")
+    }
+
     /// Patterns by digest.
     pub(crate) fn patterns(&self) -> PathBuf {
         self.root.join("patterns")
+    }
+
+    /// Removed files, encrypted.
+    pub(crate) fn vault(&self) -> PathBuf {
+        self.root.join("vault")
     }
 
     /// What the running agent tells about itself.

@@ -1,5 +1,7 @@
 //! Linux facts, and the only room that reads them.
 
+pub(crate) mod attributes;
+pub(crate) mod create;
 pub(crate) mod critical;
 pub(crate) mod facts;
 pub(crate) mod fs;
