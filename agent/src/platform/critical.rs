@@ -175,8 +175,9 @@ impl Critical {
     /// What the file at `path` (in its normal spelling, no link on the way), which is `object`, is critical for.
     pub(crate) fn role(&self, path: &[u8], object: Object) -> Option<Role> {
         let path = Path::new(OsStr::from_bytes(path));
-        let known = self.objects.get(&object).or_else(|| self.paths.get(path));
-        known.copied().or_else(|| self.boot_role(path)).or_else(|| self.folder_role(path))
+        let placed = self.paths.get(path).copied().or_else(|| self.boot_role(path));
+        // A file that has been removed since may have left its number to another, so the place comes first.
+        placed.or_else(|| self.folder_role(path)).or_else(|| self.objects.get(&object).copied())
     }
 
     fn boot_role(&self, path: &Path) -> Option<Role> {
