@@ -2,7 +2,11 @@
 //!
 //! **Invariant:** object and checksums are those of one open file; no link is followed to it.
 
-use std::os::fd::OwnedFd;
+use std::{
+    fs::File as Handle,
+    io::{self, Read as _},
+    os::unix::fs::MetadataExt as _,
+};
 
 use rustix::io::Errno;
 use tm_protocol::report::{Failure, PathBytes};
@@ -33,7 +37,7 @@ pub(super) struct Stopped;
 
 /// What stands at the target's path. A file is read only if it can still be the detected one.
 pub(super) fn look(target: &Target, owned: Owned<'_>, stop: &dyn Fn() -> bool) -> Result<Seen, Stopped> {
-    let open = match open(target) {
+    let mut open = match open(target) {
         Ok(open) => open,
         Err(seen) => return Ok(seen),
     };
@@ -44,7 +48,7 @@ pub(super) fn look(target: &Target, owned: Owned<'_>, stop: &dyn Fn() -> bool) -
         if stop() {
             return Err(Stopped);
         }
-        match rustix::io::read(&open.fd, &mut block) {
+        match open.file.read(&mut block) {
             Ok(0) => break,
             Ok(taken) => {
                 let Some(rest) = u64::try_from(taken).ok().and_then(|taken| left.checked_sub(taken)) else {
@@ -53,8 +57,8 @@ pub(super) fn look(target: &Target, owned: Owned<'_>, stop: &dyn Fn() -> bool) -
                 left = rest;
                 digester.update(block.get(..taken).unwrap_or_default());
             }
-            Err(Errno::INTR) => {}
-            Err(errno) => return Ok(unreadable("read", errno)),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Ok(unreadable("read", &error)),
         }
     }
     let (sha256, checksums) = digester.finish();
@@ -75,7 +79,7 @@ pub(super) fn stands_again(path: &PathBytes) -> bool {
 }
 
 struct Open {
-    fd: OwnedFd,
+    file: Handle,
     object: Object,
     other_links: u64,
 }
@@ -84,7 +88,7 @@ fn open(target: &Target) -> Result<Open, Seen> {
     let way = |errno| match errno {
         Errno::NOENT | Errno::NOTDIR => Seen::Gone,
         Errno::LOOP => Seen::Other(BEHIND_LINK),
-        errno => unreadable("look at", errno),
+        errno => unreadable("look at", &errno.into()),
     };
     let place = Place::find(&target.path.0).map_err(way)?;
     let facts = place.facts().map_err(way)?;
@@ -99,21 +103,18 @@ fn open(target: &Target) -> Result<Open, Seen> {
     if !target.objects.is_empty() && !target.objects.contains(&facts.object()) {
         return Err(Seen::Other(REPLACED));
     }
-    let fd = place.open_regular(&facts).map_err(|error| match error {
+    let file = place.open_regular(&facts).map(Handle::from).map_err(|error| match error {
         OpenError::Gone => Seen::Gone,
         OpenError::Changed => Seen::Other(REPLACED),
-        OpenError::Refused(errno) => unreadable("open", errno),
+        OpenError::Refused(errno) => unreadable("open", &errno.into()),
     })?;
-    let stat = rustix::fs::fstat(&fd).map_err(|errno| unreadable("look at", errno))?;
-    if u64::try_from(stat.st_size) != Ok(target.size) {
+    let metadata = file.metadata().map_err(|error| unreadable("look at", &error))?;
+    if metadata.len() != target.size {
         return Err(Seen::Other(CHANGED));
     }
-    // The type differs between architectures.
-    let links = u64::try_from(stat.st_nlink).unwrap_or(u64::MAX);
-    Ok(Open { fd, object: facts.object(), other_links: links.saturating_sub(1) })
+    Ok(Open { file, object: facts.object(), other_links: metadata.nlink().saturating_sub(1) })
 }
 
-fn unreadable(tried: &str, errno: Errno) -> Seen {
-    let message = format!("cannot {tried} it: {}", std::io::Error::from(errno));
-    Seen::Closed(Failure::new("unreadable", message))
+fn unreadable(tried: &str, error: &io::Error) -> Seen {
+    Seen::Closed(Failure::new("unreadable", format!("cannot {tried} it: {error}")))
 }

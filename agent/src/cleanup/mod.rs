@@ -10,7 +10,7 @@
 //! checks all three on what it takes.
 
 mod decide;
-mod keep;
+pub(crate) mod keep;
 mod look;
 mod target;
 
@@ -21,10 +21,10 @@ use tm_protocol::{
     report::{Detection, Failure, ItemReport, ItemVerdict, PathBytes, Tally, VaultEntry},
 };
 
-pub(crate) use crate::cleanup::keep::{Judged, Keep, Kept, NotKept};
 use crate::{
     cleanup::{
         decide::{Decision, Owned, Seen},
+        keep::{Judged, Keep, NotKept},
         look::Stopped,
         target::Target,
     },
@@ -315,6 +315,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::cleanup::keep::Kept;
 
     const TASK: TaskId = TaskId::new(Uuid::from_u128(7));
 
@@ -434,6 +435,9 @@ mod tests {
         }
     }
 
+    /// A file's name, what happens to it, and what a cleanup then says of it.
+    type Tampering<'a> = (&'a str, &'a dyn Fn(&Path), &'a str);
+
     fn line(root: &Path, item: &ItemReport) -> String {
         let path = on_disk(&item.path);
         let name = path.strip_prefix(root).unwrap_or(&path).display().to_string();
@@ -499,7 +503,7 @@ mod tests {
     #[test]
     fn a_file_that_is_not_the_detected_one_is_left_alone() {
         let mut lab = Lab::new();
-        let tamper: [(&str, &dyn Fn(&Path), &str); 8] = [
+        let tamper: [Tampering; 8] = [
             ("gone", &|path| fs::remove_file(path).unwrap(), "gone"),
             ("longer", &|path| fs::write(path, "bad and more").unwrap(), "refused changed"),
             ("shorter", &|path| fs::write(path, "").unwrap(), "refused changed"),
@@ -735,15 +739,14 @@ mod tests {
         assert_eq!(done.tally, Tally { done: 1, bytes: 3, ..Tally::default() });
     }
 
+    /// Files of the system are left alone then; `decide` is tested for that.
     #[test]
-    fn without_the_package_database_system_folders_are_left_alone() {
+    fn without_the_package_database_a_user_s_file_is_still_taken() {
         let mut lab = Lab::new();
         fs::create_dir(lab.root.join("dpkg/info/bad.list")).unwrap();
-        let home = lab.detect("home/a", "bad");
-        lab.run(vec![home]);
+        assert!(lab.host.packages.look_up(&[PathBytes(b"/x".to_vec())]).is_err(), "the control");
+        let found = lab.detect("home/a", "bad");
+        lab.run(vec![found]);
         assert_eq!(lab.told(), ["home/a vaulted"]);
-        // The lab's root is no system folder; that of `decide` is tested there.
-        let owners = lab.host.packages.look_up(&[PathBytes(b"/x".to_vec())]);
-        assert!(owners.is_err(), "the control");
     }
 }
