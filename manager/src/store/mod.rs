@@ -13,6 +13,7 @@ pub(crate) mod audit;
 pub(crate) mod due;
 pub(crate) mod endpoints;
 pub(crate) mod enrollments;
+pub(crate) mod events;
 pub(crate) mod patterns;
 pub(crate) mod reports;
 pub(crate) mod sessions;
