@@ -12,6 +12,8 @@ mod duration;
 mod failure;
 mod output;
 mod profile;
+#[cfg(test)]
+mod testing;
 mod tls;
 mod when;
 

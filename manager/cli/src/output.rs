@@ -83,12 +83,32 @@ impl<T> Column<T> {
 pub(crate) struct Output {
     format: Format,
     closed: Cell<bool>,
+    /// What was printed, instead of printing it.
+    #[cfg(test)]
+    kept: Option<std::cell::RefCell<Vec<u8>>>,
 }
 
 impl Output {
     /// Prints in this format.
     pub(crate) const fn new(format: Format) -> Self {
-        Self { format, closed: Cell::new(false) }
+        Self {
+            format,
+            closed: Cell::new(false),
+            #[cfg(test)]
+            kept: None,
+        }
+    }
+
+    /// Keeps what it would print.
+    #[cfg(test)]
+    pub(crate) fn kept(format: Format) -> Self {
+        Self { kept: Some(std::cell::RefCell::default()), ..Self::new(format) }
+    }
+
+    /// What it would have printed.
+    #[cfg(test)]
+    pub(crate) fn text_kept(&self) -> String {
+        String::from_utf8(self.kept.as_ref().unwrap().borrow().clone()).unwrap()
     }
 
     /// Whether its reader has gone: what never ends by itself ends then.
@@ -190,6 +210,11 @@ impl Output {
     /// # Errors
     /// If they cannot be written.
     pub(crate) fn raw(&self, bytes: &[u8]) -> Result<(), Failure> {
+        #[cfg(test)]
+        if let Some(kept) = &self.kept {
+            kept.borrow_mut().extend_from_slice(bytes);
+            return Ok(());
+        }
         let mut out = io::stdout().lock();
         match out.write_all(bytes).and_then(|()| out.flush()) {
             Ok(()) => Ok(()),

@@ -141,11 +141,60 @@ fn last_word(one: &Treated) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
     use tm_api::task::TaskResult;
     use tm_protocol::report::{ItemVerdict, Tally};
 
     use super::*;
-    use crate::cmds::samples::{item, task};
+    use crate::{
+        cmds::samples::{item, task},
+        testing::Scripted,
+    };
+
+    /// `a` was queued, `b` runs and stops when asked, `c` has ended.
+    async fn manager() -> Scripted {
+        Scripted::start(|asked| {
+            let with = |id: &str, state| TaskView { id: id.to_owned(), ..task("cleanup", state) };
+            Some(match asked.line.as_str() {
+                "POST /v1/tasks/a/cancel" => (200, json!(with("a", TaskState::Cancelled))),
+                "POST /v1/tasks/b/cancel" => (200, json!(with("b", TaskState::Running))),
+                "POST /v1/tasks/c/cancel" => {
+                    (409, json!({"code": "conflict", "message": "it has ended: done"}))
+                }
+                "GET /v1/tasks/b" => (200, json!(with("b", TaskState::Cancelled))),
+                "GET /v1/tasks/a/items?after=0" | "GET /v1/tasks/b/items?after=0" => {
+                    (200, json!({"items": []}))
+                }
+                other => (500, json!({"code": "internal", "message": other})),
+            })
+        })
+        .await
+    }
+
+    #[tokio::test]
+    async fn one_that_cannot_be_called_off_does_not_keep_the_others_running() {
+        let manager = manager().await;
+        let ids = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<Vec<_>>();
+        for (tasks, wait, code) in [
+            (&["a"][..], None, 0),
+            (&["b"], None, 0),
+            (&["a", "b"], Some(5), 0),
+            (&["c", "a", "b"], None, 3),
+            (&["c", "b"], Some(5), 3),
+        ] {
+            let before = manager.lines().len();
+            let out = Output::kept(Format::Csv);
+            let wait = wait.map(Duration::from_secs);
+            let exit = run(&ids(tasks), wait, &manager.client, &out).await.unwrap();
+            assert_eq!(exit.code(), code, "{tasks:?}");
+            let posts = manager.lines()[before..].iter().filter(|line| line.starts_with("POST")).count();
+            assert_eq!(posts, tasks.len());
+        }
+        let out = Output::kept(Format::Csv);
+        let failure = run(&ids(&["c"]), None, &manager.client, &out).await.unwrap_err();
+        assert_eq!(failure.exit().code(), 3);
+        assert_eq!(out.text_kept(), "");
+    }
 
     #[test]
     fn the_exit_code_says_whether_it_was_called_off() {

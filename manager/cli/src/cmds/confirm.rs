@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeSet,
-    io::{self, BufRead as _, IsTerminal as _},
+    io::{self, BufRead, IsTerminal as _},
 };
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
@@ -27,20 +27,29 @@ const NAMED: usize = 10;
 /// Most incidents that a manager lists.
 const ROWS: u32 = 1000;
 
-/// Lets an order pass, after a question where it concerns much.
+/// Where answers come from, if both sides of a talk are a terminal.
+pub(super) fn person() -> Option<impl BufRead> {
+    (io::stdin().is_terminal() && io::stderr().is_terminal()).then(|| io::stdin().lock())
+}
+
+/// Lets an order pass, after a question to `person` where it concerns much.
 ///
 /// # Errors
 /// If the person does not say yes, or cannot be asked and `--yes` is missing, or there is nothing to remove.
-pub(super) async fn ask(args: &RunCleanup, client: &Client) -> Result<(), Failure> {
+pub(super) async fn ask(
+    args: &RunCleanup,
+    client: &Client,
+    person: Option<impl BufRead>,
+) -> Result<(), Failure> {
     if args.yes || args.terms.dry_run || !concerns_much(&args.to) {
         return Ok(());
     }
-    if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+    let Some(mut person) = person else {
         return Err(Failure::Usage(
             "nobody can be asked whether to remove so much; add --yes (or --dry-run to see what it would be)"
                 .to_owned(),
         ));
-    }
+    };
     let extent = extent(args, client).await?;
     if extent.detections == Some(0) && !extent.is_least {
         let on = plural(extent.endpoints, "endpoint");
@@ -49,7 +58,7 @@ pub(super) async fn ask(args: &RunCleanup, client: &Client) -> Result<(), Failur
     say(&format!("{} [y/N] ", extent.question()));
     let mut answer = String::new();
     // Nothing else goes on in this program meanwhile, and Ctrl-C ends it: nothing is ordered yet.
-    match io::stdin().lock().read_line(&mut answer) {
+    match person.read_line(&mut answer) {
         Ok(_) if is_yes(&answer) => Ok(()),
         Ok(_) | Err(_) => Err(Failure::NotConfirmed),
     }
@@ -138,9 +147,14 @@ fn count(chosen: &BTreeSet<String>, waiting: &[IncidentView], is_least: bool) ->
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
+    use serde_json::json;
 
     use super::*;
-    use crate::cli::{Cleanup, Cli, Command};
+    use crate::{
+        cli::{Cleanup, Cli, Command},
+        cmds::samples,
+        testing::Scripted,
+    };
 
     fn args(more: &[&str]) -> RunCleanup {
         let args = ["tmctl", "cleanup", "run"].into_iter().chain(more.iter().copied());
@@ -173,18 +187,9 @@ mod tests {
     #[test]
     fn the_question_names_what_is_really_concerned() {
         let incident = |endpoint: &str, open_detections| IncidentView {
-            id: "i".into(),
             endpoint: endpoint.into(),
-            host: "h".into(),
-            pattern: "p".into(),
-            rule: "r".into(),
-            state: IncidentState::AwaitingCleanup,
-            detections: 9,
             open_detections,
-            path: "/x".into(),
-            opened_at: String::new(),
-            changed_at: String::new(),
-            task: None,
+            ..samples::incident()
         };
         let chosen: BTreeSet<String> = ["a", "b", "c"].map(str::to_owned).into();
         let waiting =
@@ -197,5 +202,46 @@ mod tests {
         assert_eq!(none, Extent { detections: Some(0), endpoints: 3, is_least: false });
         let named = Extent { detections: None, endpoints: 11, is_least: false };
         assert_eq!(named.question(), "Remove the detections named on 11 endpoints?");
+    }
+
+    #[tokio::test]
+    async fn only_a_yes_lets_much_pass_and_nobody_is_no_yes() {
+        let manager = Scripted::start(|asked| {
+            Some(match asked.line.as_str() {
+                "GET /v1/endpoints?search=web" => (200, json!([samples::endpoint()])),
+                "GET /v1/incidents?state=awaiting-cleanup&limit=1000" => (200, json!([samples::incident()])),
+                "GET /v1/incidents?state=unresolved&limit=1000" => (200, json!([])),
+                other => (500, json!({"code": "internal", "message": other})),
+            })
+        })
+        .await;
+        let ask = async |more: &[&str], answer: Option<&'static str>| {
+            ask(&args(more), &manager.client, answer.map(str::as_bytes)).await
+        };
+        assert!(matches!(ask(&["--search", "web"], None).await, Err(Failure::Usage(_))));
+        assert!(ask(&["--search", "web", "--dry-run"], None).await.is_ok());
+        assert!(ask(&["--search", "web", "--yes"], None).await.is_ok());
+        assert!(ask(&["web"], None).await.is_ok());
+        assert!(manager.lines().is_empty(), "nothing had to be looked up");
+
+        assert!(ask(&["--search", "web"], Some("y\n")).await.is_ok());
+        assert_eq!(manager.lines().len(), 3);
+        for no in ["n\n", "", "\n"] {
+            assert!(matches!(ask(&["--search", "web"], Some(no)).await, Err(Failure::NotConfirmed)));
+        }
+    }
+
+    #[tokio::test]
+    async fn where_nothing_waits_nobody_is_asked() {
+        let manager = Scripted::start(|asked| {
+            let body =
+                if asked.line.contains("endpoints") { json!([samples::endpoint()]) } else { json!([]) };
+            Some((200, body))
+        })
+        .await;
+        let failure =
+            ask(&args(&["--group", "g"]), &manager.client, Some("y\n".as_bytes())).await.unwrap_err();
+        assert_eq!(failure.exit().code(), 3);
+        assert!(failure.report().contains("nothing waits for cleanup on the 1 endpoint chosen"));
     }
 }

@@ -283,24 +283,130 @@ pub(super) fn text(events: &[EventView]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use clap::Parser as _;
+    use serde_json::{Value, json};
     use tm_api::event::{EventKind, EventStatus};
 
     use super::*;
+    use crate::{
+        cli::{Cli, Command},
+        cmds::samples,
+        testing::Scripted,
+    };
 
     fn event(id: i64, host: &str, kind: EventKind, message: &str, advice: &str) -> EventView {
         EventView {
-            id,
-            at: "2026-01-02T03:04:05.678Z".into(),
-            endpoint: "e".into(),
             host: host.into(),
             kind,
             status: EventStatus::Noted,
-            detail: "d".into(),
-            message: message.into(),
             advice: advice.into(),
-            task: None,
-            incident: None,
+            ..samples::event(id, message)
         }
+    }
+
+    async fn run_on(manager: &Scripted, args: &[&str], out: &Output) -> Result<Exit, Failure> {
+        let args = ["tmctl", "event"].into_iter().chain(args.iter().copied());
+        let Command::Event(command) = Cli::try_parse_from(args).unwrap().command else {
+            panic!("another command")
+        };
+        run(command, &manager.client, out).await
+    }
+
+    /// The end of what would go on for ever.
+    fn end() -> (u16, Value) {
+        (403, json!({"code": "not-allowed", "message": "the end"}))
+    }
+
+    #[tokio::test]
+    async fn each_event_is_followed_once_also_across_a_restart_of_the_manager() {
+        let polls = AtomicUsize::new(0);
+        let manager = Scripted::start(move |asked| {
+            Some(match asked.line.as_str() {
+                // Another endpoint's event is the newest of all.
+                "GET /v1/events?newest=true&limit=1" => (200, json!({"items": [samples::event(9, "nine")]})),
+                "GET /v1/events?endpoint=web&newest=true&limit=10" => {
+                    (200, json!({"items": [samples::event(3, "three"), samples::event(5, "five")]}))
+                }
+                "GET /v1/events?endpoint=web&after=9&newest=false" => {
+                    match polls.fetch_add(1, Ordering::Relaxed) {
+                        0 => (200, json!({"items": []})),
+                        1 => return None,
+                        _ => (200, json!({"items": [samples::event(12, "twelve")], "next": 12})),
+                    }
+                }
+                "GET /v1/events?endpoint=web&after=12&newest=false" => {
+                    (200, json!({"items": [samples::event(13, "thirteen")]}))
+                }
+                "GET /v1/events?endpoint=web&after=13&newest=false" => end(),
+                other => (500, json!({"code": "internal", "message": other})),
+            })
+        })
+        .await;
+        let out = Output::kept(Format::Json);
+        let failure = run_on(&manager, &["follow", "--endpoint", "web"], &out).await.unwrap_err();
+        assert!(failure.to_string().ends_with("the end"), "{failure}");
+        let ids: Vec<i64> = out
+            .text_kept()
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap()["id"].as_i64().unwrap())
+            .collect();
+        assert_eq!(ids, [3, 5, 12, 13]);
+    }
+
+    #[tokio::test]
+    async fn following_from_a_time_begins_with_the_oldest() {
+        let manager = Scripted::start(|asked| {
+            Some(match asked.line.as_str() {
+                "GET /v1/events?since_ms=0&newest=false" => {
+                    (200, json!({"items": [samples::event(1, "one")], "next": 1}))
+                }
+                "GET /v1/events?since_ms=0&after=1&newest=false" => {
+                    (200, json!({"items": [samples::event(2, "two")]}))
+                }
+                _ => end(),
+            })
+        })
+        .await;
+        let out = Output::kept(Format::Csv);
+        run_on(&manager, &["follow", "--since", "1970-01-01T00:00:00Z"], &out).await.unwrap_err();
+        let text = out.text_kept();
+        let starts: Vec<&str> = text.lines().map(|line| line.split(',').nth(5).unwrap()).collect();
+        assert_eq!(starts, ["message", "one", "two"], "{text}");
+    }
+
+    #[tokio::test]
+    async fn pages_that_lead_in_a_circle_end() {
+        let manager = Scripted::start(|_| Some((200, json!({"items": [], "next": 4})))).await;
+        let out = Output::kept(Format::Table);
+        for args in [&["list", "--all"][..], &["follow", "--since", "7d"]] {
+            let failure = run_on(&manager, args, &out).await.unwrap_err();
+            assert!(matches!(failure, Failure::EndlessPages(_)), "{args:?}: {failure:?}");
+        }
+        assert_eq!(manager.lines().len(), 4);
+    }
+
+    #[tokio::test]
+    async fn a_list_asks_for_what_was_typed() {
+        let manager = Scripted::start(|_| Some((200, json!({"items": [samples::event(1, "one")]})))).await;
+        let out = Output::kept(Format::Table);
+        let typed =
+            ["list", "--search", "web", "--kind", "cleanup", "--status", "unsuccessful", "--limit", "5"];
+        let times = ["--since", "1970-01-01T00:00:01Z", "--until", "1970-01-01T00:00:02Z"];
+        run_on(&manager, &[&typed[..], &times].concat(), &out).await.unwrap();
+        assert_eq!(
+            manager.lines(),
+            ["GET /v1/events?search=web&kind=cleanup&status=unsuccessful&since_ms=1000&until_ms=2000\
+              &newest=true&limit=5"]
+        );
+        assert_eq!(
+            out.text_kept(),
+            "TIME                  HOST  KIND     STATUS       MESSAGE\n\
+             2026-01-02 03:04:05Z  web   cleanup  in-progress  one\n"
+        );
+        let failure = run_on(&manager, &["list", "--since", "1h", "--until", "2h"], &out).await.unwrap_err();
+        assert_eq!(failure.exit().code(), 2);
     }
 
     #[test]

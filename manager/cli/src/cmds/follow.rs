@@ -132,3 +132,80 @@ impl<'a> Teller<'a> {
         Ok(is_news)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use serde_json::{Value, json};
+    use tm_api::task::{ProgressView, ScanResult, TaskResult};
+    use tm_protocol::{report::Verdict, task::TaskState};
+
+    use super::*;
+    use crate::{cmds::samples, testing::Scripted};
+
+    /// A scan that goes through all its states and detects something; each is seen twice.
+    async fn manager() -> Scripted {
+        let rounds = AtomicUsize::new(0);
+        Scripted::start(move |asked| {
+            assert_eq!(asked.line, "GET /v1/tasks/t");
+            let mut task = samples::task("scan", TaskState::Queued);
+            match rounds.fetch_add(1, Ordering::Relaxed) / 2 {
+                0 => {}
+                1 => {
+                    task.state = TaskState::Running;
+                    task.progress = Some(ProgressView { files: 7, ..ProgressView::default() });
+                }
+                _ => {
+                    task.state = TaskState::Done;
+                    task.result = Some(TaskResult::Scan(ScanResult {
+                        verdict: Verdict::Detected,
+                        files: 9,
+                        bytes: 1024,
+                        detections: 1,
+                        skipped: std::collections::BTreeMap::new(),
+                        skipped_paths: Vec::new(),
+                        elapsed_s: 1.0,
+                        cpu_s: 1.0,
+                    }));
+                }
+            }
+            Some((200, json!(task)))
+        })
+        .await
+    }
+
+    #[tokio::test]
+    async fn every_change_is_told_once_and_the_exit_code_is_the_outcome() {
+        let (manager, out) = (manager().await, Output::kept(Format::Table));
+        let exit = run("t", None, &manager.client, &out).await.unwrap();
+        assert_eq!(exit, Exit::Detected);
+        assert_eq!(
+            out.text_kept(),
+            "waiting for the endpoint\nrunning, 7 files, 0 B, 0 detections\n\
+             done, 9 files, 1.0 KiB, 1 detection\n\
+             web (e): detected: 1 detection, 9 files, 1.0 KiB, 1.0 s, 1.0 s of CPU\n"
+        );
+    }
+
+    #[tokio::test]
+    async fn json_is_a_line_for_each_change() {
+        let (manager, out) = (manager().await, Output::kept(Format::Json));
+        run("t", None, &manager.client, &out).await.unwrap();
+        let states: Vec<String> = out
+            .text_kept()
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap()["state"].as_str().unwrap().to_owned())
+            .collect();
+        assert_eq!(states, ["queued", "running", "done"]);
+    }
+
+    #[tokio::test]
+    async fn time_that_is_over_ends_it() {
+        let manager = Scripted::start(|_| Some((200, json!(samples::task("scan", TaskState::Queued))))).await;
+        let out = Output::kept(Format::Csv);
+        let exit = run("t", Some(Duration::from_millis(300)), &manager.client, &out).await.unwrap();
+        assert_eq!(exit, Exit::TimedOut);
+        assert_eq!(out.text_kept().lines().count(), 2);
+    }
+}

@@ -94,9 +94,14 @@ mod tests {
     use std::{ffi::OsString, os::unix::ffi::OsStringExt as _};
 
     use clap::Parser as _;
+    use serde_json::json;
 
     use super::*;
-    use crate::cli::{Cli, Command};
+    use crate::{
+        cli::{Cli, Command},
+        output::Format,
+        testing::Scripted,
+    };
 
     const ID: &str = "018f3c1e-6b5a-7000-8000-0123456789ab";
 
@@ -119,5 +124,60 @@ mod tests {
         assert!(order.set_id && !order.terms.dry_run);
         let order = body(parse(&[b"--dry-run"]));
         assert!(order.to_b64.is_none() && !order.set_id && order.terms.dry_run);
+    }
+
+    fn view(number: u32) -> VaultItemView {
+        VaultItemView {
+            id: format!("v{number}"),
+            endpoint: "e".into(),
+            host: "web".into(),
+            path: "/srv/x".into(),
+            path_b64: String::new(),
+            sha256: String::new(),
+            size: 1,
+            vaulted_at: String::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_list_goes_on_until_there_is_no_more_or_enough() {
+        // 1500 items, newest first.
+        let manager = Scripted::start(|asked| {
+            let field = |name| asked.line.split(['?', '&']).find_map(|part| part.strip_prefix(name));
+            let first: u32 = field("before=v").map_or(0, |last| last.parse::<u32>().unwrap() + 1);
+            let limit: u32 = field("limit=").unwrap().parse().unwrap();
+            assert!((1..=ROWS).contains(&limit) && asked.line.contains("endpoint=web"), "{}", asked.line);
+            let page: Vec<VaultItemView> = (first..(first + limit).min(1500)).map(view).collect();
+            Some((200, json!(page)))
+        })
+        .await;
+        for (limit, count, more, requests) in
+            [(10, 10, true, 1), (1200, 1200, true, 2), (5000, 1500, false, 2)]
+        {
+            let before = manager.lines().len();
+            let (items, is_more) = list(Some("web".into()), limit, &manager.client).await.unwrap();
+            let ids: std::collections::BTreeSet<&str> = items.iter().map(|item| item.id.as_str()).collect();
+            assert_eq!((items.len(), ids.len(), is_more), (count, count, more), "{limit}");
+            assert_eq!(manager.lines().len() - before, requests, "{limit}");
+        }
+    }
+
+    #[tokio::test]
+    async fn pages_that_lead_in_a_circle_end() {
+        let page: Vec<VaultItemView> = (0..1000).map(view).collect();
+        let manager = Scripted::start(move |_| Some((200, json!(page)))).await;
+        let failure = list(None, 100_000, &manager.client).await.unwrap_err();
+        assert!(matches!(failure, Failure::EndlessPages(_)), "{failure:?}");
+        assert_eq!(manager.lines().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn another_place_is_for_one_file() {
+        let manager = Scripted::start(|_| Some((500, json!({})))).await;
+        let out = Output::kept(Format::Table);
+        let command = Vault::Restore(Box::new(parse(&[ID.as_bytes(), b"--to", b"/x"])));
+        let failure = run(command, &manager.client, &out).await.unwrap_err();
+        assert_eq!(failure.exit().code(), 2);
+        assert!(manager.lines().is_empty());
     }
 }

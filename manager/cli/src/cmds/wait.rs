@@ -207,3 +207,126 @@ impl Rounds {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use reqwest::Url;
+    use serde_json::json;
+    use tm_protocol::task::TaskState;
+
+    use super::*;
+    use crate::{cmds::samples, testing::Scripted};
+
+    fn away() -> Failure {
+        let url = Box::new(Url::parse("https://m").unwrap());
+        ClientError::TimedOut { url, limit: Duration::from_secs(1) }.into()
+    }
+
+    fn task(id: &str, state: TaskState) -> TaskView {
+        TaskView { id: id.to_owned(), ..samples::task("scan", state) }
+    }
+
+    fn long() -> Patience {
+        Patience::new(Instant::now() + Duration::from_secs(10))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_restart_of_the_manager_is_waited_out_and_a_refusal_is_not() {
+        let asked = Cell::new(0);
+        let patience = long();
+        let answer = patience
+            .ask(async || {
+                asked.set(asked.get() + 1);
+                if asked.get() < 5 { Err(away()) } else { Ok(asked.get()) }
+            })
+            .await;
+        assert_eq!(answer.unwrap(), 5);
+
+        let refused = patience.ask(async || Err::<(), _>(Failure::Usage("no".into()))).await;
+        assert!(matches!(refused, Err(Failure::Usage(_))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn patience_ends_in_time() {
+        let start = Instant::now();
+        let patience = Patience::new(start + Duration::from_millis(3500));
+        let answer = patience.ask(async || Err::<(), _>(away())).await;
+        assert_eq!(answer.unwrap_err().exit().code(), 4);
+        assert_eq!(start.elapsed(), Duration::from_millis(3500));
+    }
+
+    #[tokio::test]
+    async fn many_tasks_are_asked_for_with_one_request_a_round() {
+        let round = AtomicUsize::new(0);
+        let manager = Scripted::start(move |asked| {
+            assert_eq!(asked.line, "GET /v1/tasks?limit=80");
+            // The manager restarts in the second round.
+            let state = match round.fetch_add(1, Ordering::Relaxed) {
+                0 => TaskState::Running,
+                1 => return None,
+                _ => TaskState::Done,
+            };
+            let tasks: Vec<TaskView> = (0..40).map(|n| task(&format!("t{n}"), state)).collect();
+            Some((200, json!(tasks)))
+        })
+        .await;
+        let tasks = (0..40).map(|n| task(&format!("t{n}"), TaskState::Queued)).collect();
+        let ended = until_ended(&manager.client, tasks, &long()).await.unwrap();
+        assert_eq!(ended.len(), 40);
+        assert!(ended.iter().all(|task| task.state == TaskState::Done));
+        assert_eq!(manager.lines().len(), 3);
+    }
+
+    #[tokio::test]
+    async fn what_the_list_does_not_show_is_asked_for_by_name_and_rounds_are_bounded() {
+        let named = Mutex::new(BTreeSet::new());
+        let manager = Scripted::start(move |asked| {
+            let Some(id) = asked.line.strip_prefix("GET /v1/tasks/") else {
+                // Others have ordered so much that ours are not among the newest.
+                return Some((200, json!([task("other", TaskState::Running)])));
+            };
+            assert!(
+                named.lock().unwrap().insert(id.to_owned()),
+                "{id} was asked for again before all others"
+            );
+            Some((200, json!(task(id, TaskState::Running))))
+        })
+        .await;
+        let mut tasks: Vec<TaskView> =
+            (0..2 * NAMED + 1).map(|n| task(&format!("t{n}"), TaskState::Queued)).collect();
+        let mut rounds = Rounds::default();
+        for round in 1..=2 {
+            rounds.ask(&manager.client, &mut tasks, &long()).await.unwrap();
+            assert_eq!(manager.lines().len(), round * (1 + NAMED));
+        }
+        let known = tasks.iter().filter(|task| task.state == TaskState::Running).count();
+        assert_eq!(known, 2 * NAMED);
+    }
+
+    #[tokio::test]
+    async fn one_task_is_asked_for_by_name_and_time_that_is_over_ends_the_waiting() {
+        let manager = Scripted::start(|asked| {
+            assert_eq!(asked.line, "GET /v1/tasks/t");
+            Some((200, json!(task("t", TaskState::Running))))
+        })
+        .await;
+        let tasks = vec![task("t", TaskState::Queued), task("u", TaskState::Done)];
+        let patience = Patience::new(Instant::now() + Duration::from_millis(300));
+        let left = until_ended(&manager.client, tasks, &patience).await.unwrap();
+        assert_eq!([left[0].state, left[1].state], [TaskState::Running, TaskState::Done]);
+    }
+
+    #[test]
+    fn who_stops_waiting_learns_how_to_go_on() {
+        let open = |n| (0..n).map(|n| task(&format!("t{n}"), TaskState::Running)).collect::<Vec<_>>();
+        assert!(goes_on(&open(1)).ends_with("call it off: tmctl task cancel t0"));
+        assert!(goes_on(&open(3)).ends_with("call them off: tmctl task cancel t0 t1 t2"));
+        assert!(goes_on(&open(11)).contains("see them:     tmctl task list"));
+        assert!(goes_on(&[task("t", TaskState::Done)]).starts_with("every task has ended"));
+    }
+}

@@ -188,11 +188,7 @@ fn rows(why: &WhyView) -> Vec<Row> {
 
 #[cfg(test)]
 mod tests {
-    use tm_api::{
-        endpoint::FailureView,
-        event::{EventKind, EventStatus, EventView, IncidentState},
-        status::Query,
-    };
+    use tm_api::{endpoint::FailureView, status::Query};
     use tm_protocol::task::TaskState;
 
     use super::*;
@@ -202,53 +198,23 @@ mod tests {
         let text = |text: &str| text.to_owned();
         WhyView {
             endpoint: EndpointView {
-                id: text("e"),
                 host: text("web\u{1b}[2J"),
-                addresses: vec![text("10.0.0.7"), text("::1")],
-                group: text("default"),
                 connectivity: Connectivity::Disconnected,
-                quarantine: text("free"),
-                restart_reasons: Vec::new(),
-                agent_version: text("0.1.0"),
-                patterns: Vec::new(),
-                enrolled_at: String::new(),
-                last_seen_at: Some(text("2026-01-02T03:04:05Z")),
                 last_failure: Some(FailureView {
                     code: text("dns"),
                     message: text("no such host"),
                     at: text("2026-01-02T03:04:06Z"),
                 }),
-                inventory: None,
+                ..samples::endpoint()
             },
             queries: vec![Query::NeedsCleanup, Query::Disconnected],
             incidents: vec![IncidentView {
-                id: text("i"),
-                endpoint: text("e"),
-                host: text("web"),
-                pattern: text("p.yar"),
                 rule: text("Bad\u{202e}Rule"),
-                state: IncidentState::AwaitingCleanup,
-                detections: 3,
-                open_detections: 2,
                 path: text("/srv/x\n"),
-                opened_at: text("2026-01-01T00:00:00Z"),
-                changed_at: text("2026-01-02T00:00:00Z"),
-                task: None,
+                ..samples::incident()
             }],
             tasks: vec![samples::task("cleanup", TaskState::Queued)],
-            events: vec![EventView {
-                id: 7,
-                at: text("2026-01-02T03:04:05Z"),
-                endpoint: text("e"),
-                host: text("web"),
-                kind: EventKind::Cleanup,
-                status: EventStatus::InProgress,
-                detail: String::new(),
-                message: text("ordered"),
-                advice: String::new(),
-                task: None,
-                incident: None,
-            }],
+            events: vec![samples::event(7, "ordered")],
             advice: vec![text("Clean up: `tmctl cleanup run e`")],
         }
     }
