@@ -19,10 +19,10 @@ use serde::{Deserialize, Serialize};
 use tm_protocol::{
     ALPN_BULK, ALPN_CONTROL, VERSION,
     address::Address,
-    ids::TaskId,
+    ids::{Sha256, TaskId},
     message::{Goodbye, Hello, Inventory, Ping, Pong, ToAgent, ToManager, Welcome},
     report::Failure,
-    task::{TaskKind, TaskSpec},
+    task::{CleanupSpec, TaskKind, TaskSpec},
     text::escape_for_display,
 };
 use tokio::{
@@ -33,15 +33,16 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
+    config::Config,
     connection::{self, ConnectError, Link, backoff},
     enroll::Enrolled,
     paths::{Paths, replace},
     platform::facts,
     tasks::{
-        Event, Now,
+        Event, Now, care,
         desk::{Act, Desk},
         execute::{self, Context, Told, Work},
-        journal::record::Boot,
+        journal::record::{Boot, Found},
     },
 };
 
@@ -55,6 +56,8 @@ const LOOK: Duration = Duration::from_secs(5);
 const GOOD_SESSION: Duration = Duration::from_secs(60);
 /// The longest silence before a link is given up, whatever the manager asks for.
 const LONGEST_SILENCE: Duration = Duration::from_secs(55);
+/// How often the vault is looked after.
+const CARE: Duration = Duration::from_secs(60);
 /// How often time is kept.
 const TICK: Duration = Duration::from_secs(1);
 /// How far the wall clock may drift between two looks before it counts as a jump, in milliseconds.
@@ -90,6 +93,8 @@ pub(crate) enum DaemonError {
     Identity(#[from] crate::enroll::EnrollError),
     #[error("cannot open the journal in `{path}`")]
     Journal { path: String, source: std::io::Error },
+    #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
     #[error("cannot set up TLS")]
     Tls(#[source] rustls::Error),
     #[error("cannot listen to signals")]
@@ -99,6 +104,7 @@ pub(crate) enum DaemonError {
 /// Runs until it is told to end.
 pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
     let _lock = lock(&paths)?;
+    let config = Config::load(&paths)?;
     let enrolled = Enrolled::load(&paths)?;
     let control = Arc::new(enrolled.tls(ALPN_CONTROL).map_err(DaemonError::Tls)?);
     let bulk = Arc::new(enrolled.tls(ALPN_BULK).map_err(DaemonError::Tls)?);
@@ -118,6 +124,9 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
     let mut agent = Agent {
         desk,
         nonce: rand::random(),
+        shown: care::Shown::default(),
+        last_care: None,
+        config,
         clock_offset_ms: None,
         welcomed_at: None,
         cancels: BTreeMap::new(),
@@ -130,6 +139,7 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
         status,
     };
     agent.watch_clock();
+    agent.care();
     agent.write_status();
     acts.into_iter().for_each(|act| agent.perform(act));
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -182,6 +192,10 @@ fn lock(paths: &Paths) -> Result<File, DaemonError> {
 struct Agent {
     desk: Desk,
     nonce: u64,
+    /// The vault as the manager was last told of it.
+    shown: care::Shown,
+    last_care: Option<Instant>,
+    config: Config,
     /// Wall time less elapsed time, when last looked at.
     clock_offset_ms: Option<i64>,
     /// When the session in hand was welcomed.
@@ -305,11 +319,16 @@ impl Agent {
                         send(&mut link, progress.into()).await?;
                         Vec::new()
                     }
-                    told @ (Told::Detected(..) | Told::Treated(..) | Told::Finished(..)) => {
+                    told @ (Told::Detected(..)
+                    | Told::Treated(..)
+                    | Told::Finished(..)
+                    | Told::Vault { .. }
+                    | Told::Notice { .. }) => {
                         event(told).map(|event| self.handle(event)).unwrap_or_default()
                     }
                 },
                 () = tokio::time::sleep_until(wake.into()) => {
+                    self.care();
                     self.watch_clock();
                     self.handle(Event::Tick)
                 }
@@ -374,7 +393,19 @@ impl Agent {
         }
     }
 
+    /// Looks after the vault now and then, in a thread of its own.
+    fn care(&mut self) {
+        if self.last_care.is_some_and(|at| at.elapsed() < CARE) {
+            return;
+        }
+        self.last_care = Some(Instant::now());
+        let (paths, limits) = (self.paths.clone(), self.config.vault);
+        let (tell, shown) = (self.tell.clone(), self.shown.clone());
+        tokio::task::spawn_blocking(move || care::look_after(&paths, limits, &shown, &tell));
+    }
+
     fn tick(&mut self) {
+        self.care();
         self.watch_clock();
         self.decide(Event::Tick);
     }
@@ -399,7 +430,7 @@ impl Agent {
 
     fn perform(&mut self, act: Act) {
         match act {
-            Act::Start { task, spec } => self.start_task(task, spec),
+            Act::Start { task, spec, resumed } => self.start_task(task, spec, resumed),
             Act::Stop(task) => {
                 if let Some(cancel) = self.cancels.get(&task) {
                     cancel.store(true, Ordering::Release);
@@ -410,7 +441,7 @@ impl Agent {
         }
     }
 
-    fn start_task(&mut self, task: TaskId, spec: TaskSpec) {
+    fn start_task(&mut self, task: TaskId, spec: TaskSpec, resumed: bool) {
         let cancel = Arc::new(AtomicBool::new(false));
         let running = self.desk.running();
         self.cancels.retain(|task, cancel| running.contains(task) || Arc::strong_count(cancel) > 1);
@@ -422,12 +453,22 @@ impl Agent {
             bulk: Arc::clone(&self.bulk),
             tell: self.tell.clone(),
             boot: self.desk.boot(),
+            vault: self.config.vault,
+            shown: self.shown.clone(),
         };
         let work = match spec {
             TaskSpec::Scan(spec) => Work::Scan(spec),
-            TaskSpec::Restore(_) | TaskSpec::Cleanup(_) => Work::Other,
+            TaskSpec::Restore(spec) => Work::Restore { spec, resumed },
+            TaskSpec::Cleanup(spec) => Work::Cleanup { noted: self.noted(&spec), dry_run: spec.dry_run },
         };
         tokio::spawn(execute::run(task, work, context, cancel));
+    }
+
+    /// What the journal knows of the detections that a cleanup names.
+    fn noted(&self, spec: &CleanupSpec) -> Result<Vec<(Sha256, Option<Found>)>, Failure> {
+        let look_up = |key: &Sha256| Ok((*key, self.desk.found(*key)?));
+        let noted: std::io::Result<Vec<_>> = spec.detections.iter().map(look_up).collect();
+        noted.map_err(|error| Failure::new("journal-unreadable", format!("cannot read the journal: {error}")))
     }
 
     fn note_running(&mut self) {
@@ -522,6 +563,8 @@ fn event(told: Told) -> Option<Event> {
         Told::Detected(task, found) => Some(Event::Detected(task, found)),
         Told::Treated(task, items) => Some(Event::Treated(task, items)),
         Told::Finished(task, outcome) => Some(Event::Finished(task, outcome)),
+        Told::Vault { first, items } => Some(Event::Vault { first, items }),
+        Told::Notice { code, message, count } => Some(Event::Notice { code, message, count }),
         Told::Progress(_) => None,
     }
 }

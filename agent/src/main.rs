@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod cli;
+mod config;
 mod connection;
 mod daemon;
 mod enroll;

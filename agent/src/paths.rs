@@ -40,6 +40,11 @@ impl Paths {
         self.root.join("identity.new")
     }
 
+    /// Settings, if there are any.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.root.join("agent.toml")
+    }
+
     /// What the agent must not forget: tasks, reports, detections.
     pub(crate) fn journal(&self) -> PathBuf {
         self.root.join("journal")

@@ -5,7 +5,7 @@ use tm_protocol::{
     report::{Failure, PathBytes, VaultEntry},
 };
 
-use crate::platform::fs::Object;
+use crate::{platform::fs::Object, vault};
 
 /// The file that was judged: only it may be taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub(crate) struct Kept {
     pub(crate) entry: VaultEntry,
     /// How many other names the file has.
     pub(crate) other_links: u64,
+    /// What the vault has to say besides.
+    pub(crate) notes: Vec<Failure>,
 }
 
 /// Why the vault did not take something. The code `gone` means that there was nothing.
@@ -53,4 +55,32 @@ pub(crate) trait Keep {
 
     /// What `task` took from `path` earlier.
     fn find(&self, task: TaskId, path: &PathBytes) -> Option<VaultEntry>;
+}
+
+impl Judged {
+    fn for_vault(&self) -> vault::Judged {
+        vault::Judged { object: Some(self.object), sha256: self.sha256, size: self.size }
+    }
+}
+
+impl From<vault::VaultError> for NotKept {
+    fn from(error: vault::VaultError) -> Self {
+        Self { failure: error.failure(), is_refusal: error.is_refusal() }
+    }
+}
+
+impl Keep for vault::Vault {
+    fn put(&mut self, path: &PathBytes, judged: &Judged, task: TaskId) -> Result<Kept, NotKept> {
+        let held = Self::put(self, path, Some(&judged.for_vault()), Some(task))?;
+        Ok(Kept { entry: held.entry, other_links: held.other_links, notes: held.notes })
+    }
+
+    fn check(&self, path: &PathBytes, judged: &Judged) -> Result<(), NotKept> {
+        Self::check(self, path, Some(&judged.for_vault()))?;
+        Ok(())
+    }
+
+    fn find(&self, task: TaskId, path: &PathBytes) -> Option<VaultEntry> {
+        Self::find(self, task, path)
+    }
 }

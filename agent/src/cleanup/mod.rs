@@ -287,6 +287,8 @@ impl Cleanup<'_> {
                 if kept.other_links > 0 {
                     notes.push(decide::other_links_note(kept.other_links));
                 }
+                notes.extend(kept.notes.into_iter().filter(|note| note.code != "other-links"));
+                notes.truncate(ItemReport::MAX_NOTES);
                 Treated { vault: Some(kept.entry), notes, ..Treated::new(ItemVerdict::Vaulted) }
             }
             Err(error) => Treated::not_kept(error),
@@ -336,7 +338,7 @@ mod tests {
             let entry = VaultEntry { id, path: path.clone(), sha256, size, vaulted_ms: 0 };
             self.held.push((task, entry.clone()));
             (self.then)(&on_disk(path));
-            Ok(Kept { entry, other_links })
+            Ok(Kept { entry, other_links, notes: vec![] })
         }
 
         fn check(&self, path: &PathBytes, judged: &Judged) -> Result<(), NotKept> {

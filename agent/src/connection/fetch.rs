@@ -6,7 +6,7 @@ use std::{fs, sync::Arc, time::Duration};
 
 use rustls::ClientConfig;
 use tm_patterns::{MAX_SIZE, Pattern};
-use tm_protocol::{address::Address, report::Failure, task::PatternRef};
+use tm_protocol::{address::Address, ids::Sha256, report::Failure, task::PatternRef};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     time::timeout,
@@ -52,6 +52,13 @@ pub(crate) async fn pattern(
         Failure::new("pattern-not-kept", format!("cannot keep pattern `{}`: {error}", wanted.name))
     })?;
     Ok(pattern)
+}
+
+/// A pattern that was fetched before and is kept whole; `None` if it is not.
+pub(crate) fn kept(paths: &Paths, sha256: Sha256) -> Option<Pattern> {
+    let bytes = fs::read(paths.patterns().join(sha256.to_string())).ok()?;
+    let size = u64::try_from(bytes.len()).ok()?;
+    Pattern::verified(&PatternRef { sha256, size, name: sha256.to_string() }, bytes).ok()
 }
 
 async fn get(

@@ -43,8 +43,8 @@ pub(crate) struct Desk {
 pub(crate) enum Act {
     /// Put this on the link, if there is one.
     Send(Vec<u8>),
-    /// Begin a task.
-    Start { task: TaskId, spec: TaskSpec },
+    /// Begin a task, or go on with it.
+    Start { task: TaskId, spec: TaskSpec, resumed: bool },
     /// Tell a running task to end.
     Stop(TaskId),
     /// End the session and begin another.
@@ -178,7 +178,7 @@ impl Desk {
             match effect {
                 Effect::Persist(_) => {}
                 Effect::Stop(task) => acts.push(Act::Stop(task)),
-                Effect::Start { task, spec } => acts.push(Act::Start { task, spec }),
+                Effect::Start { task, spec, resumed } => acts.push(Act::Start { task, spec, resumed }),
                 Effect::Forget(task) => self.journal.forget(Key::Ended(task)),
                 Effect::SendReport(sequence) => match self.journal.report(sequence) {
                     Ok(frame) => acts.push(Act::Send(frame)),

@@ -14,15 +14,19 @@ use rustls::ClientConfig;
 use tm_patterns::Pattern;
 use tm_protocol::{
     address::Address,
-    ids::TaskId,
+    ids::{Sha256, TaskId},
     message::{Outcome, Progress},
-    report::{Failure, ItemReport},
-    task::{PatternRef, ScanSpec},
+    report::{Failure, ItemReport, VaultEntry},
+    task::{PatternRef, RestoreSpec, ScanSpec},
 };
 use tokio::{sync::mpsc::Sender, time::sleep};
 
-use super::journal::record::{Boot, Found};
-use crate::{connection::fetch, paths::Paths, scan};
+use super::{
+    care::Shown,
+    journal::record::{Boot, Found},
+    treat,
+};
+use crate::{connection::fetch, paths::Paths, scan, vault};
 
 /// How soon a wait notices that it is called off.
 const NOTICE: Duration = Duration::from_millis(50);
@@ -34,13 +38,32 @@ pub(crate) enum Told {
     Treated(TaskId, Vec<ItemReport>),
     Progress(Progress),
     Finished(TaskId, Outcome),
+    /// A part of what the vault holds.
+    Vault {
+        first: bool,
+        items: Vec<VaultEntry>,
+    },
+    /// Something that the manager should know.
+    Notice {
+        code: &'static str,
+        message: String,
+        count: u64,
+    },
 }
 
 /// What there is to do.
 #[derive(Debug)]
 pub(crate) enum Work {
     Scan(ScanSpec),
-    Other,
+    /// Detections by key, each as this agent noted it; `None` if it never did.
+    Cleanup {
+        noted: Result<Vec<(Sha256, Option<Found>)>, Failure>,
+        dry_run: bool,
+    },
+    Restore {
+        spec: RestoreSpec,
+        resumed: bool,
+    },
 }
 
 /// What a task needs of the agent.
@@ -53,6 +76,9 @@ pub(crate) struct Context {
     /// Bounded: a task that is ahead of the link waits.
     pub(crate) tell: Sender<Told>,
     pub(crate) boot: Boot,
+    pub(crate) vault: vault::Limits,
+    /// The vault as the manager was last told of it.
+    pub(crate) shown: Shown,
 }
 
 /// Carries the task out and tells its end, whatever happens in it.
@@ -61,7 +87,17 @@ pub(crate) async fn run(task: TaskId, work: Work, context: Context, cancel: Arc<
     let work = async {
         match work {
             Work::Scan(spec) => scan(task, spec, context, cancel).await,
-            Work::Other => Outcome::Failed(Failure::new("unsupported", "this agent cannot do that")),
+            Work::Cleanup { noted, dry_run } => match noted {
+                Ok(noted) => blocking(move || treat::cleanup(task, noted, dry_run, &context, &cancel))
+                    .await
+                    .unwrap_or_else(Outcome::Failed),
+                Err(failure) => Outcome::Failed(failure),
+            },
+            Work::Restore { spec, resumed } => {
+                blocking(move || treat::restore(task, &spec, resumed, &context, &cancel))
+                    .await
+                    .unwrap_or_else(Outcome::Failed)
+            }
         }
     };
     // A fault in a task ends the task, never the agent, and is told like any other end.

@@ -68,11 +68,6 @@ impl Lane {
         self.bytes
     }
 
-    /// Whether nothing waits.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
     /// Gives a message of `bytes` bytes the next number.
     pub(crate) fn push(&mut self, bytes: u64) -> u64 {
         self.waiting.push_back(Some(bytes));
@@ -170,7 +165,7 @@ mod tests {
         }
         assert_eq!(std::iter::from_fn(|| lane.next()).count(), 63);
         lane.stored_through(u64::MAX);
-        assert!(lane.is_empty());
+        assert!(lane.waiting.is_empty());
         assert_eq!((lane.bytes(), lane.last()), (0, 107));
     }
 }

@@ -9,12 +9,14 @@
 //! [`MAX_READING`] that only read.
 //! **Invariant:** what is to be sent is to be persisted first: effects are performed in order.
 
+pub(crate) mod care;
 pub(crate) mod desk;
 pub(crate) mod execute;
 pub(crate) mod journal;
 pub(crate) mod lane;
 #[cfg(test)]
 mod model;
+mod treat;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -109,8 +111,8 @@ pub(crate) enum Effect {
     SendLost { through: u64, count: u64 },
     /// Send `count` notices from `first` on.
     SendNotices { first: u64, count: usize },
-    /// Carry a task out; it may have been begun before.
-    Start { task: TaskId, spec: TaskSpec },
+    /// Carry a task out; `resumed` if it was begun before.
+    Start { task: TaskId, spec: TaskSpec, resumed: bool },
     /// The running task must end soon.
     Stop(TaskId),
     /// The manager knows more of the stream than this agent: begin another.
@@ -554,7 +556,7 @@ impl Tasks {
             }
             let changes_host = spec.kind().changes_host();
             self.running.insert(task, Running { changes_host, ends_ms, forget_ms, stopping: None });
-            effects.push(Effect::Start { task, spec });
+            effects.push(Effect::Start { task, spec, resumed: attempt > 0 });
         }
     }
 

@@ -170,7 +170,7 @@ impl World {
         for act in acts {
             match act {
                 Act::Send(frame) => self.send(&frame),
-                Act::Start { task, spec } => {
+                Act::Start { task, spec, .. } => {
                     let changes = spec.kind().changes_host();
                     assert!(!self.executors.contains(&task), "begun twice");
                     assert!(self.damaged || !self.manager.ends.contains_key(&task), "begun after its end");

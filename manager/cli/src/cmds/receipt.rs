@@ -8,7 +8,7 @@ use tm_protocol::{report::Verdict, task::TaskState, text::escape_for_display};
 
 use crate::{
     failure::{Exit, Failure},
-    output::{Column, Format, Output, bytes, say, table},
+    output::{Column, Format, Output, bytes, plural, say, table, target_word},
 };
 
 /// A task with what it detected.
@@ -50,14 +50,23 @@ impl Outcome {
     }
 }
 
-/// What the tasks came to, together. No task at all is nothing that was looked at.
-pub(super) fn outcome(scanned: &[Scanned]) -> Outcome {
-    scanned.iter().map(one).min().unwrap_or(Outcome::Failed)
+/// What one task came to, as far as it alone tells.
+pub(super) fn outcome_of(task: &TaskView) -> Outcome {
+    one(task, detections_of(task).unwrap_or(0))
 }
 
-fn one(scanned: &Scanned) -> Outcome {
-    let task = &scanned.task;
-    if !scanned.detections.is_empty() || detections_of(task).is_some_and(|count| count > 0) {
+/// What the tasks came to, together. No task at all is nothing that was looked at.
+pub(super) fn outcome(scanned: &[Scanned]) -> Outcome {
+    let found = |scanned: &Scanned| {
+        u64::try_from(scanned.detections.len())
+            .unwrap_or(u64::MAX)
+            .max(detections_of(&scanned.task).unwrap_or(0))
+    };
+    scanned.iter().map(|scanned| one(&scanned.task, found(scanned))).min().unwrap_or(Outcome::Failed)
+}
+
+fn one(task: &TaskView, detections: u64) -> Outcome {
+    if detections > 0 {
         return Outcome::Detected;
     }
     match task.state {
@@ -129,18 +138,40 @@ pub(super) fn print(scanned: &[Scanned], out: &Output) -> Result<(), Failure> {
         .collect();
     let receipts: String = scanned.iter().map(|scanned| text(&scanned.task)).collect();
     match out.format() {
-        Format::Table if rows.is_empty() => out.text(&receipts),
+        Format::Table if rows.is_empty() => out.text(&receipts)?,
         Format::Table => {
             let width = crate::output::width(&std::io::stdout());
-            out.text(&(table(&rows, &columns(), width) + "\n" + &receipts))
+            out.text(&(table(&rows, &columns(), width) + "\n" + &receipts))?;
         }
-        Format::Json => out.json(&Report { verdict: outcome(scanned), tasks: scanned }),
+        Format::Json => out.json(&Report { verdict: outcome(scanned), tasks: scanned })?,
         Format::Csv => {
             out.csv(&rows, &columns())?;
             say(&receipts);
-            Ok(())
         }
     }
+    let detected: Vec<&TaskView> =
+        scanned.iter().filter(|one| !one.detections.is_empty()).map(|one| &one.task).collect();
+    if !detected.is_empty() {
+        say(&format!("hint: to remove what was detected: {}\n", cleanup_command(&detected)));
+    }
+    Ok(())
+}
+
+/// The command that removes what these scans detected.
+pub(super) fn cleanup_command(tasks: &[&TaskView]) -> String {
+    /// More targets than fit a line are chosen instead.
+    const NAMED: usize = 5;
+    if tasks.len() > NAMED {
+        return "tmctl cleanup run --query needs-cleanup".to_owned();
+    }
+    let mut targets: Vec<String> = Vec::new();
+    for task in tasks {
+        let target = target_word(&task.host, &task.endpoint);
+        if !targets.contains(&target) {
+            targets.push(target);
+        }
+    }
+    format!("tmctl cleanup run {}", targets.join(" "))
 }
 
 /// The receipt of one task: a line, and one for each gap that is known by name.
@@ -151,7 +182,7 @@ pub(super) fn text(task: &TaskView) -> String {
         (None, TaskState::Queued | TaskState::Delivered | TaskState::Running) => {
             let _ = writeln!(
                 text,
-                "not ended yet ({}); see: tmctl task show {}",
+                "not ended yet ({}); follow it: tmctl task follow {}",
                 task.state,
                 escape_for_display(&task.id)
             );
@@ -168,7 +199,6 @@ pub(super) fn text(task: &TaskView) -> String {
 }
 
 fn receipt(text: &mut String, result: &ScanResult) {
-    let plural = |count: u64, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
     let _ = writeln!(
         text,
         "{}: {}, {}, {}, {:.1} s, {:.1} s of CPU",
@@ -217,26 +247,8 @@ mod tests {
             elapsed_s: 0.25,
             cpu_s: 0.5,
         });
-        let text = |text: &str| text.to_owned();
-        let task = TaskView {
-            id: text("t"),
-            kind: text("scan"),
-            endpoint: text("e"),
-            host: text("web"),
-            state,
-            code: None,
-            message: None,
-            progress: None,
-            result: result.map(tm_api::task::TaskResult::Scan),
-            dry_run: false,
-            cancelling: false,
-            issuer: text("ann"),
-            reason: String::new(),
-            created_at: String::new(),
-            started_at: None,
-            finished_at: None,
-            expires_at: String::new(),
-        };
+        let mut task = crate::cmds::samples::task("scan", state);
+        task.result = result.map(tm_api::task::TaskResult::Scan);
         Scanned { task, detections: Vec::new() }
     }
 
@@ -287,6 +299,15 @@ mod tests {
         refused.task.code = Some("busy".into());
         refused.task.message = Some("too much to do".into());
         assert_eq!(text(&refused.task), "web (e): refused: busy: too much to do\n");
+    }
+
+    #[test]
+    fn the_hint_names_whom_to_clean_up_and_is_safe_to_paste() {
+        let mut hostile = task(TaskState::Done, None).task;
+        hostile.host = "a;reboot".into();
+        let plain = task(TaskState::Done, None).task;
+        assert_eq!(cleanup_command(&[&plain, &hostile, &plain]), "tmctl cleanup run web e");
+        assert_eq!(cleanup_command(&[&plain; 6]), "tmctl cleanup run --query needs-cleanup");
     }
 
     #[test]
