@@ -70,7 +70,7 @@ pub(super) fn look(target: &Target, owned: Owned<'_>, stop: &dyn Fn() -> bool) -
 
 /// Whether a file stands at the path. What cannot be told counts as one; a link or a folder does not: nothing
 /// can be detected in it.
-pub(super) fn stands_again(path: &PathBytes) -> bool {
+pub(crate) fn stands_again(path: &PathBytes) -> bool {
     match Place::find(&path.0).and_then(|place| place.facts()) {
         Ok(facts) => facts.kind == Kind::Regular,
         Err(Errno::NOENT | Errno::NOTDIR) => false,

@@ -21,6 +21,7 @@ use tm_protocol::{
     report::{Detection, Failure, ItemReport, ItemVerdict, PathBytes, Tally, VaultEntry},
 };
 
+pub(crate) use self::look::stands_again;
 use crate::{
     cleanup::{
         decide::{Decision, Owned, Seen},
@@ -158,7 +159,7 @@ pub(crate) fn run(
         };
         let taken = treated.verdict == ItemVerdict::Vaulted;
         let items = reports(&target, treated);
-        if taken && look::stands_again(&target.path) {
+        if taken && stands_again(&target.path) {
             done.again.push(Again { path: target.path, items });
             continue;
         }

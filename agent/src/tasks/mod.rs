@@ -47,7 +47,7 @@ const MAX_READING: usize = 2;
 /// Tasks that were told to stop and have not, and for which no other waits any more.
 const MAX_ABANDONED: usize = 8;
 /// How often a task is begun that never comes to an end before the agent does.
-const MAX_ATTEMPTS: u32 = 3;
+const MAX_ATTEMPTS: u32 = 25;
 /// Ended tasks that are remembered.
 const MAX_ENDED: usize = 20_000;
 /// The shortest time for which an ended task is remembered, in milliseconds.

@@ -98,7 +98,8 @@ fn second_look(
             Verdict::Clean => SecondLook::Gone,
             Verdict::Incomplete => SecondLook::Unknown,
         },
-        Err(failure) if failure.code == "path-refused" => SecondLook::Gone,
+        // Also where its folder is a link by now: what is behind that is not looked at.
+        Err(_) if !cleanup::stands_again(&again.path) => SecondLook::Gone,
         Err(_) => SecondLook::Unknown,
     }
 }

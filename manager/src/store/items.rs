@@ -112,7 +112,10 @@ pub(super) async fn record(
         }
         settle(tx, &head, item, before, now_ms).await?;
         match (item.verdict, item.vault, item.sha256) {
-            (ItemVerdict::Vaulted, Some(id), Some(sha256)) => {
+            // A cleanup can fail although the file was taken: when another stands in its place.
+            (ItemVerdict::Vaulted | ItemVerdict::Failed, Some(id), Some(sha256))
+                if head.kind == TaskKind::Cleanup =>
+            {
                 let entry =
                     VaultEntry { id, path: item.path.clone(), sha256, size: item.size, vaulted_ms: at_ms };
                 vault::put(tx, endpoint, &entry).await?;
