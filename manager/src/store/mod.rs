@@ -30,6 +30,9 @@ pub(crate) mod tasks;
 pub(crate) mod tokens;
 pub(crate) mod vault;
 
+#[cfg(test)]
+mod story;
+
 use std::{str::FromStr as _, time::Duration};
 
 use sqlx::{
@@ -211,11 +214,28 @@ fn agent_failure(failure: &Failure) -> Failure {
 pub(crate) mod tests {
     use super::*;
 
-    /// A store on a file of its own. The folder lives as long as the guard.
+    /// A store of its own: on a file, or with `TM_TEST_POSTGRES` (the address of a server, without a database) in
+    /// a new database there. The folder lives as long as the guard.
     pub(crate) async fn scratch() -> (Store, tempfile::TempDir) {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let url = format!("sqlite:{}", folder.path().join("store.db").display());
+        let url = match std::env::var("TM_TEST_POSTGRES") {
+            Err(_) => format!("sqlite:{}", folder.path().join("store.db").display()),
+            Ok(server) => {
+                sqlx::any::install_default_drivers();
+                let name = format!("t{}", uuid::Uuid::now_v7().simple());
+                let admin = AnyPool::connect(&format!("{server}/postgres")).await.expect("a server");
+                let create = sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"));
+                admin.execute(sqlx::query(create)).await.expect("a new database");
+                admin.close().await;
+                format!("{server}/{name}")
+            }
+        };
         (Store::open(&url).await.expect("a fresh store opens"), folder)
+    }
+
+    /// Whether a test of what only SQLite has can run.
+    pub(crate) fn is_sqlite(store: &Store) -> bool {
+        store.engine == Engine::Sqlite
     }
 
     #[tokio::test]
