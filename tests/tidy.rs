@@ -30,12 +30,14 @@ const CRATES: [(&str, &[&str]); 9] = [
 
 /// Which rooms of the agent a room may use. Files beside the rooms (config, paths, …) are plumbing: the
 /// composition root alone may know everything.
-const AGENT: [(&str, &[&str]); 4] = [
+const AGENT: [(&str, &[&str]); 6] = [
     ("platform", &[]),
     ("scan", &["platform"]),
+    ("cleanup", &["platform", "vault"]),
     // `execute` hands each task to its room, and has patterns fetched for it.
-    ("tasks", &["platform", "scan", "connection"]),
+    ("tasks", &["platform", "scan", "connection", "vault", "cleanup"]),
     ("connection", &["platform"]),
+    ("vault", &["platform"]),
 ];
 
 /// The same for the manager.

@@ -16,6 +16,7 @@ use crate::{
     enroll,
     paths::Paths,
     scan::standalone,
+    vault,
 };
 
 /// A call that makes no sense, for `scan` (sysexits.h, `EX_USAGE`).
@@ -77,6 +78,9 @@ enum Command {
     /// Try patterns without using them
     #[command(subcommand)]
     Pattern(PatternCommand),
+    /// Keep removed files, and put them back
+    #[command(subcommand)]
+    Vault(vault::standalone::Command),
     #[command(hide = true)]
     ScanWorker,
     /// Print a completion script for a shell
@@ -116,6 +120,7 @@ pub(crate) fn run() -> ExitCode {
     match cli.command {
         Command::Scan(args) => standalone::run(&args),
         Command::Pattern(PatternCommand::Check(args)) => standalone::check(&args),
+        Command::Vault(command) => vault::standalone::run(&command),
         Command::Enroll { folder, token, token_file } => {
             finish(enroll_here(folder.data, token, token_file.as_deref()))
         }

@@ -1,14 +1,18 @@
 //! `tm-agent`: the program on every endpoint.
 
+mod cleanup;
 mod cli;
+mod config;
 mod connection;
 mod daemon;
 mod enroll;
 mod paths;
 mod platform;
+mod records;
 mod scan;
 mod tasks;
 mod tls;
+mod vault;
 
 fn main() -> std::process::ExitCode {
     cli::run()

@@ -251,10 +251,10 @@ pub enum ReportBody {
         /// At most what fits one frame.
         items: Vec<VaultEntry>,
     },
-    /// The `count` reports before this number were lost on the endpoint (a damaged journal). Their numbers
-    /// are skipped: this one follows `sequence - count - 1`.
+    /// The `count` reports up to and including this number were lost on the endpoint (a damaged journal): it
+    /// follows `sequence - count`.
     Lost {
-        /// How many.
+        /// How many, at least 1.
         count: u64,
     },
 }

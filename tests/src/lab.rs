@@ -359,6 +359,25 @@ impl Agent {
         self.process = Some(Process::start(&mut command, &self.log));
     }
 
+    /// Runs it with a wall clock that is as far off as the file `control` says (`+1d`, `-365d`); the clock that
+    /// counts from boot is the real one.
+    ///
+    /// # Panics
+    /// If libfaketime is not installed (`cargo xtask test` installs it).
+    pub fn run_with_clock(&mut self, control: &Path) {
+        let libraries = fs::read_dir("/usr/lib").expect("there are libraries");
+        let faketime = libraries
+            .filter_map(|entry| Some(entry.ok()?.path().join("faketime/libfaketime.so.1")))
+            .find(|path| path.is_file())
+            .expect("libfaketime is installed");
+        let mut command = Command::new(bin("tm-agent"));
+        command.args(["run", "--data"]).arg(&self.data);
+        command.env("LD_PRELOAD", faketime).env("FAKETIME_TIMESTAMP_FILE", control);
+        command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1").env("DONT_FAKE_MONOTONIC", "1");
+        command.env("FAKETIME_NO_CACHE", "1");
+        self.process = Some(Process::start(&mut command, &self.log));
+    }
+
     /// Its process.
     ///
     /// # Panics

@@ -12,6 +12,7 @@ pub mod process;
 pub mod raw;
 pub mod samples;
 pub mod standalone;
+pub mod tmpfs;
 
 use std::{
     env,

@@ -7,7 +7,7 @@
 
 use std::{
     ffi::{CStr, CString},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use rustix::{
@@ -116,6 +116,16 @@ impl Place {
         let (parent, name) = split(path);
         let name = name.map(|name| CString::new(name).map_err(|_| Errno::INVAL)).transpose()?;
         Ok(Self { folder: enter(parent)?, name })
+    }
+
+    /// The folder, as a place to start from.
+    pub(crate) fn folder(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
+    }
+
+    /// The name in it.
+    pub(crate) fn name(&self) -> Option<&CStr> {
+        self.name.as_deref()
     }
 
     /// What stands there.
@@ -228,7 +238,11 @@ pub(crate) fn residence_at(folder: impl AsFd, name: &CStr) -> Result<Residence, 
     residence_of(rustix::fs::openat(folder, name, flags, Mode::empty())?)
 }
 
-fn residence_of(fd: impl AsFd) -> Result<Residence, Errno> {
+/// What kind of file system something open lies on.
+///
+/// # Errors
+/// If the file system does not say.
+pub(crate) fn residence_of(fd: impl AsFd) -> Result<Residence, Errno> {
     let magic = rustix::fs::fstatfs(fd)?.f_type;
     // The number has 32 bits; the field is wider, and signed, on some machines.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "only 32 bits carry meaning")]

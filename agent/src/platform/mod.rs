@@ -1,4 +1,8 @@
 //! Linux facts, and the only room that reads them.
 
+pub(crate) mod attributes;
+pub(crate) mod create;
+pub(crate) mod critical;
 pub(crate) mod facts;
 pub(crate) mod fs;
+pub(crate) mod packages;
