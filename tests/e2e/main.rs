@@ -12,6 +12,7 @@ mod session;
 mod skeleton;
 mod standalone;
 mod tasks;
+mod tmctl;
 
 use std::collections::BTreeSet;
 

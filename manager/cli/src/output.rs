@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::ValueEnum;
-use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
+use comfy_table::{ColumnConstraint, ContentArrangement, Table, Width, presets};
 use serde::Serialize;
 use tm_protocol::text::{csv_cell, escape_for_display};
 
@@ -66,6 +66,11 @@ impl<T> Column<T> {
     /// A column everywhere, of times in RFC 3339.
     pub(crate) const fn time(name: &'static str, cell: fn(&T) -> String) -> Self {
         Self { name, cell, wide: false, shape: Shape::Time }
+    }
+
+    /// A column of times in CSV and where one row is shown.
+    pub(crate) const fn wide_time(name: &'static str, cell: fn(&T) -> String) -> Self {
+        Self { name, cell, wide: true, shape: Shape::Time }
     }
 
     /// The cell for people.
@@ -264,11 +269,17 @@ pub(crate) fn table<T>(rows: &[T], columns: &[Column<T>], width: Option<u16>) ->
         rows.iter().map(|row| columns.iter().map(|column| column.shown(row)).collect()).collect();
     let header: Vec<String> =
         columns.iter().map(|column| column.name.to_uppercase().replace('_', " ")).collect();
-    let mut least = 0;
-    for (index, column) in columns.iter().enumerate() {
-        let widest = cells.iter().map(|row| row[index].chars().count()).max().unwrap_or(0);
-        least += GAP + if column.shape == Shape::Id { widest } else { widest.min(LEAST) };
-    }
+    let last = columns.len().saturating_sub(1);
+    let least: usize = columns
+        .iter()
+        .enumerate()
+        .map(|(index, column)| {
+            let all = std::iter::once(&header).chain(&cells);
+            let widest = all.map(|row| row[index].chars().count()).max().unwrap_or(0);
+            let needed = if column.shape == Shape::Id { widest } else { widest.min(LEAST) };
+            needed + if index == last { 0 } else { GAP }
+        })
+        .sum();
     // Columns of two letters are harder to read than lines that the terminal breaks.
     let mut table = plain_table(width.filter(|width| least <= usize::from(*width)));
     table.set_header(header);
@@ -276,10 +287,14 @@ pub(crate) fn table<T>(rows: &[T], columns: &[Column<T>], width: Option<u16>) ->
         table.add_row(row);
     }
     for (index, column) in columns.iter().enumerate() {
-        if column.shape == Shape::Id
-            && let Some(column) = table.column_mut(index)
-        {
-            column.set_constraint(ColumnConstraint::ContentWidth);
+        let constraint = match column.shape {
+            Shape::Text => None,
+            Shape::Id => Some(ColumnConstraint::ContentWidth),
+            // As wide as a date.
+            Shape::Time => Some(ColumnConstraint::LowerBoundary(Width::Fixed(12))),
+        };
+        if let (Some(constraint), Some(column)) = (constraint, table.column_mut(index)) {
+            column.set_constraint(constraint);
         }
     }
     finish(table)
@@ -313,8 +328,9 @@ fn plain_table(width: Option<u16>) -> Table {
 }
 
 fn finish(mut table: Table) -> String {
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
+    let last = table.column_count().saturating_sub(1);
+    for (index, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, if index == last { 0 } else { 2 }));
     }
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }

@@ -30,6 +30,9 @@ pub(crate) use self::{
 };
 use crate::{duration, output::Format};
 
+/// Above what every command takes.
+const GLOBAL: &str = "Options of every command";
+
 /// The administrator's command line for Threat Management.
 #[derive(Debug, Parser)]
 #[command(
@@ -57,10 +60,25 @@ use crate::{duration, output::Format};
 pub(crate) struct Cli {
     /// The file that says where the manager is and who asks
     /// [default: ~/.config/tmctl/profile.toml]
-    #[arg(long, global = true, env = "TMCTL_PROFILE", value_name = "FILE", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "TMCTL_PROFILE",
+        value_name = "FILE",
+        hide_env_values = true,
+        help_heading = GLOBAL
+    )]
     pub(crate) profile: Option<PathBuf>,
     /// How data are printed
-    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_enum,
+        default_value_t = Format::Table,
+        value_name = "FORMAT",
+        help_heading = GLOBAL
+    )]
     pub(crate) output: Format,
     /// What to do.
     #[command(subcommand)]

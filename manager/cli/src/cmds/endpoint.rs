@@ -23,7 +23,7 @@ const COLUMNS: [Column<EndpointView>; 20] = [
     Column::wide("restart_reasons", |e| e.restart_reasons.join(" ")),
     Column::narrow("agent_version", |e| e.agent_version.clone()),
     Column::time("last_seen_at", |e| e.last_seen_at.clone().unwrap_or_default()),
-    Column::wide("enrolled_at", |e| e.enrolled_at.clone()),
+    Column::wide_time("enrolled_at", |e| e.enrolled_at.clone()),
     Column::wide("patterns", |e| e.patterns.join(" ")),
     Column::wide("last_failure", |e| {
         e.last_failure.as_ref().map(|f| format!("{} {}: {}", f.at, f.code, f.message)).unwrap_or_default()
@@ -50,7 +50,7 @@ const INCIDENTS: [Column<IncidentView>; 13] = [
     Column::wide("endpoint", |i| i.endpoint.clone()),
     Column::wide("detections", |i| i.detections.to_string()),
     Column::wide("open_detections", |i| i.open_detections.to_string()),
-    Column::wide("opened_at", |i| i.opened_at.clone()),
+    Column::wide_time("opened_at", |i| i.opened_at.clone()),
     Column::wide("task", |i| i.task.clone().unwrap_or_default()),
 ];
 

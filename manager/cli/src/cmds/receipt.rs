@@ -113,7 +113,7 @@ fn columns<'a>() -> [Column<Row<'a>>; 11] {
         Column::narrow("pattern", |r| r.detection.pattern.clone()),
         Column::wide("sha256", |r| r.detection.sha256.clone()),
         Column::wide("size", |r| r.detection.size.to_string()),
-        Column::wide("found_at", |r| r.detection.found_at.clone()),
+        Column::wide_time("found_at", |r| r.detection.found_at.clone()),
         Column::wide("endpoint", |r| r.task.endpoint.clone()),
         Column::wide("task", |r| r.task.id.clone()),
         Column::wide("path_b64", |r| r.detection.path_b64.clone()),
