@@ -6,6 +6,7 @@ mod cli;
 mod config;
 mod dispatch;
 mod http;
+mod limits;
 mod patterns;
 mod server;
 mod store;

@@ -14,9 +14,11 @@ pub(crate) mod due;
 pub(crate) mod endpoints;
 pub(crate) mod enrollments;
 pub(crate) mod events;
+mod notices;
 pub(crate) mod patterns;
 pub(crate) mod reports;
 pub(crate) mod sessions;
+pub(crate) mod streams;
 pub(crate) mod tasks;
 pub(crate) mod tokens;
 

@@ -15,7 +15,7 @@ use tm_protocol::{
     task::TaskState,
 };
 
-use super::{Store, StoreError, Tx};
+use super::{StoreError, Tx};
 
 #[derive(Debug, Serialize)]
 struct ScanResultRow<'a> {
@@ -36,32 +36,13 @@ struct SampleRow<'a> {
     reason: &'a str,
 }
 
-impl Store {
-    /// Applies reports of one or many agents in one transaction. Reports that are stored already are passed over.
-    pub(crate) async fn record_reports(
-        &self,
-        reports: &[(EndpointId, Report)],
-        now_ms: i64,
-    ) -> Result<(), StoreError> {
-        let mut tx = self.begin().await?;
-        for (endpoint, report) in reports {
-            record(&mut tx, *endpoint, report, now_ms).await?;
-        }
-        Self::commit(tx).await
-    }
-}
-
-async fn record(tx: &mut Tx, endpoint: EndpointId, report: &Report, now_ms: i64) -> Result<(), StoreError> {
-    let sequence = i64::try_from(report.sequence).unwrap_or(i64::MAX);
-    let fresh = sqlx::query("UPDATE endpoint SET stored_through = $2 WHERE id = $1 AND stored_through < $2")
-        .bind(endpoint.to_string())
-        .bind(sequence)
-        .execute(&mut **tx)
-        .await
-        .map_err(StoreError::query("count a report"))?;
-    if fresh.rows_affected() == 0 {
-        return Ok(());
-    }
+/// Applies one report, which has been counted in the same transaction.
+pub(super) async fn apply(
+    tx: &mut Tx,
+    endpoint: EndpointId,
+    report: &Report,
+    now_ms: i64,
+) -> Result<(), StoreError> {
     match &report.body {
         ReportBody::Accepted { task } => {
             move_to(tx, endpoint, *task, TaskState::Delivered, None, None, now_ms).await
@@ -217,7 +198,7 @@ mod tests {
     use tm_protocol::ids::Sha256;
 
     use super::*;
-    use crate::store::tests::scratch;
+    use crate::store::{Store, tests::scratch};
 
     async fn text(store: &Store, sql: &'static str) -> String {
         sqlx::query(sql).fetch_one(store.reader()).await.unwrap().get(0)
