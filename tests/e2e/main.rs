@@ -4,6 +4,7 @@
 
 mod enroll;
 mod hostile;
+mod link;
 mod names;
 mod roles;
 mod scan;
