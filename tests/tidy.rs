@@ -39,13 +39,15 @@ const AGENT: [(&str, &[&str]); 4] = [
 ];
 
 /// The same for the manager.
-const MANAGER: [(&str, &[&str]); 6] = [
+const MANAGER: [(&str, &[&str]); 7] = [
     ("access", &[]),
-    ("store", &[]),
+    // Pure; the store applies it within the transaction of what happened.
+    ("mitigation", &[]),
+    ("store", &["mitigation"]),
     ("patterns", &["store"]),
     ("agents", &["store", "patterns"]),
     ("dispatch", &["store", "agents"]),
-    ("http", &["store", "access", "patterns"]),
+    ("http", &["store", "access", "mitigation", "patterns"]),
 ];
 
 /// Modules that build everything; only the command line, which starts them, may use them.

@@ -7,6 +7,7 @@ mod config;
 mod dispatch;
 mod http;
 mod limits;
+mod mitigation;
 mod patterns;
 mod server;
 mod store;

@@ -68,7 +68,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let registry = Registry::new(Arc::clone(&nudge));
     let shared = Shared {
         store: store.clone(),
-        intake: Intake::start(store.clone(), ending.clone()),
+        intake: Intake::start(store.clone(), &config.limits, ending.clone()),
         registry: registry.clone(),
         meters: Meters::new(config.limits),
         manager: authority.manager,

@@ -21,6 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::now_ms;
+use crate::limits::Limits;
 use crate::store::{
     Store, StoreError,
     streams::{Counts, HandedIn, Parcel, Taken},
@@ -32,8 +33,9 @@ const LANE_BYTES: usize = 1 << 20;
 /// Rows that one lane adds to one commit (or a single item, if that is more), and that one commit has.
 const SHARE: usize = 64;
 const BATCH: usize = 512;
-/// How long the writer rests when the store cannot be written for the moment.
-const RETRY: Duration = Duration::from_millis(500);
+/// How long the writer rests when the store cannot be written for the moment, at first and at most.
+const RETRY: Duration = Duration::from_millis(100);
+const LONGEST_RETRY: Duration = Duration::from_secs(5);
 
 /// Where sessions hand in.
 #[derive(Debug, Clone)]
@@ -108,9 +110,10 @@ struct Load {
 
 impl Intake {
     /// Starts the one writer; it ends with `ending`, or when nobody can hand in any more.
-    pub(crate) fn start(store: Store, ending: CancellationToken) -> Self {
+    pub(crate) fn start(store: Store, limits: &Limits, ending: CancellationToken) -> Self {
         let lanes = Arc::new(Lanes::default());
-        tokio::spawn(write(store, Arc::clone(&lanes), ending));
+        let most_detections = i64::try_from(limits.detections_per_task).unwrap_or(i64::MAX);
+        tokio::spawn(write(Writer { store, most_detections, ending }, Arc::clone(&lanes)));
         Self(lanes)
     }
 
@@ -151,11 +154,6 @@ impl Lane {
     /// Hands the endpoint's facts in; those that wait are replaced.
     pub(crate) fn inventory(&mut self, facts: Inventory) {
         self.lanes.put(self.key, |queue| queue.inventory = Some(Box::new(facts)));
-    }
-
-    /// What is stored now.
-    pub(crate) fn stored(&self) -> Counts {
-        self.progress.borrow().stored
     }
 
     /// Waits until more is stored than at the last call; what is. Safe to drop half-way.
@@ -263,20 +261,27 @@ pub(crate) fn inventory_rows(facts: &Inventory) -> usize {
     2 + facts.addresses.len().min(crate::store::sessions::MOST_ADDRESSES)
 }
 
-async fn write(store: Store, lanes: Arc<Lanes>, ending: CancellationToken) {
+/// What the writer works with.
+struct Writer {
+    store: Store,
+    most_detections: i64,
+    ending: CancellationToken,
+}
+
+async fn write(writer: Writer, lanes: Arc<Lanes>) {
     loop {
         let mut batch = lanes.take();
         if batch.is_empty() {
             tokio::select! {
                 () = lanes.ready.notified() => continue,
-                () = ending.cancelled() => return,
+                () = writer.ending.cancelled() => return,
             }
         }
         // Rows are locked in one order everywhere.
         batch.sort_by_key(|load| load.parcel.endpoint);
         let (parcels, places): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|load| (load.parcel, (load.key, load.size))).unzip();
-        match patiently(&store, &parcels, &ending).await {
+        match writer.patiently(&parcels).await {
             Ok(taken) => {
                 for (((key, size), parcel), taken) in places.into_iter().zip(&parcels).zip(taken) {
                     settle(&lanes, key, size, parcel, taken);
@@ -285,47 +290,48 @@ async fn write(store: Store, lanes: Arc<Lanes>, ending: CancellationToken) {
             Err(error) => {
                 tracing::warn!(%error, sessions = parcels.len(), "Cannot commit together; trying each alone.");
                 // What the store cannot take must not stand in the way of everybody else's.
-                for ((key, _), parcel) in places.into_iter().zip(parcels) {
-                    singly(&store, &lanes, key, parcel, &ending).await;
+                for ((key, size), parcel) in places.into_iter().zip(parcels) {
+                    writer.singly(&lanes, key, parcel).await;
+                    lanes.publish(key, |progress| progress.done.bytes += size.bytes);
                 }
             }
         }
     }
 }
 
-/// Commits one lane's share item by item, up to the first that the store cannot take.
-async fn singly(store: &Store, lanes: &Lanes, key: u64, parcel: Parcel, ending: &CancellationToken) {
-    for parcel in parcel.singles() {
-        // The bytes of a lane in trouble are not counted down: it is about to end, or reads a little less.
-        let size = Handed { items: parcel.items.len(), bytes: 0 };
-        match patiently(store, std::slice::from_ref(&parcel), ending).await {
-            Ok(taken) => {
-                for taken in taken {
-                    settle(lanes, key, size, &parcel, taken);
+impl Writer {
+    /// Commits one lane's share item by item, up to the first that the store cannot take.
+    async fn singly(&self, lanes: &Lanes, key: u64, parcel: Parcel) {
+        for parcel in parcel.singles() {
+            // Bytes are known of the whole share only, and are counted after it.
+            let size = Handed { items: parcel.items.len(), bytes: 0 };
+            match self.patiently(std::slice::from_ref(&parcel)).await {
+                Ok(taken) => {
+                    for taken in taken {
+                        settle(lanes, key, size, &parcel, taken);
+                    }
                 }
-            }
-            Err(error) => {
-                tracing::warn!(endpoint = %parcel.endpoint, %error, "Cannot store what an agent handed in.");
-                return lanes.fail(key, Failed::Store);
+                Err(error) => {
+                    tracing::warn!(endpoint = %parcel.endpoint, %error, "Cannot store what an agent handed in.");
+                    return lanes.fail(key, Failed::Store);
+                }
             }
         }
     }
-}
 
-/// Commits; tries again for as long as the store is locked, full or out of reach. Agents keep what they
-/// have, and their sessions live on meanwhile.
-async fn patiently(
-    store: &Store,
-    parcels: &[Parcel],
-    ending: &CancellationToken,
-) -> Result<Vec<Taken>, StoreError> {
-    loop {
-        match store.take_in(parcels, now_ms()).await {
-            Err(error) if error.is_passing() && !ending.is_cancelled() => {
-                tracing::warn!(%error, "The store cannot be written; agents wait.");
-                sleep(RETRY).await;
+    /// Commits; tries again for as long as the store is locked, full or out of reach. Agents keep what they
+    /// have, and their sessions live on meanwhile.
+    async fn patiently(&self, parcels: &[Parcel]) -> Result<Vec<Taken>, StoreError> {
+        let mut rest = RETRY;
+        loop {
+            match self.store.take_in(parcels, self.most_detections, now_ms()).await {
+                Err(error) if error.is_passing() && !self.ending.is_cancelled() => {
+                    tracing::warn!(%error, "The store cannot be written; agents wait.");
+                    sleep(rest).await;
+                    rest = (rest * 2).min(LONGEST_RETRY);
+                }
+                done => return done,
             }
-            done => return done,
         }
     }
 }
@@ -351,6 +357,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::limits::tests::defaults;
     use crate::store::{
         streams::tests::{endpoint, hello, run},
         tests::scratch,
@@ -408,7 +415,7 @@ mod tests {
         let (store, _folder) = scratch().await;
         let (endpoint, epoch) = session(&store, 1).await;
         let ending = CancellationToken::new();
-        let intake = Intake::start(store.clone(), ending.clone());
+        let intake = Intake::start(store.clone(), &defaults(), ending.clone());
         let mut lane = intake.lane(endpoint, epoch, Counts::default());
         let mut handed = 0;
         while lane.has_room() {
@@ -416,7 +423,7 @@ mod tests {
             lane.hand_in(lost(handed), 100);
         }
         assert_eq!(handed, LANE_ITEMS as u64);
-        while lane.stored().reports < handed {
+        while lane.progress.borrow().stored.reports < handed {
             lane.advanced().await.unwrap();
         }
         assert!(lane.has_room());
@@ -429,7 +436,7 @@ mod tests {
     async fn a_newer_session_closes_the_older_ones_lane_and_no_other() {
         let (store, _folder) = scratch().await;
         let (endpoint, epoch) = session(&store, 1).await;
-        let intake = Intake::start(store.clone(), CancellationToken::new());
+        let intake = Intake::start(store.clone(), &defaults(), CancellationToken::new());
         let mut older = intake.lane(endpoint, epoch, Counts::default());
         let opened = store.open_session(endpoint, ManagerId::new(Uuid::nil()), &hello(1), 1).await.unwrap();
         let mut newer = intake.lane(endpoint, opened.epoch, opened.stored);
@@ -451,7 +458,7 @@ mod tests {
              BEGIN SELECT RAISE(ABORT, 'no'); END",
         )
         .await;
-        let intake = Intake::start(store.clone(), CancellationToken::new());
+        let intake = Intake::start(store.clone(), &defaults(), CancellationToken::new());
         let mut bad = intake.lane(endpoint, epoch, Counts::default());
         let mut good = intake.lane(other, other_epoch, Counts::default());
         bad.hand_in(notice(1, "fine"), 1);
@@ -460,7 +467,7 @@ mod tests {
         good.hand_in(notice(1, "good"), 1);
         assert_eq!(good.advanced().await.unwrap().notices, 1);
         while bad.advanced().await.is_ok() {}
-        assert_eq!(bad.stored().notices, 1, "nothing after the one that was not stored");
+        assert_eq!(bad.progress.borrow().stored.notices, 1, "nothing after the one that was not stored");
     }
 
     fn notice(first: u64, code: &str) -> HandedIn {

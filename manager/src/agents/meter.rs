@@ -23,7 +23,7 @@ const SESSIONS: Rate = Rate { per_second: 5.0, burst: 50.0 };
 const WAITING: u32 = 4;
 /// How often an agent above its limits is warned of.
 const WARN: Duration = Duration::from_secs(60);
-/// A slower agent than this within [`WARN`] is worth a line.
+/// A line is worth it once an agent has waited so long.
 const WORTH_A_WARNING: Duration = Duration::from_secs(1);
 /// Accounts kept without a look at whether they are needed.
 const KEPT: usize = 1024;
@@ -69,7 +69,7 @@ struct Account {
     daily_rows: Bucket,
     sessions: Bucket,
     waiting: u32,
-    since: Instant,
+    warned: Option<Instant>,
     held: HeldBack,
 }
 
@@ -126,7 +126,7 @@ impl Meters {
                     daily_rows: Bucket::full(limits.daily_rows, now),
                     sessions: Bucket::full(SESSIONS, now),
                     waiting: 0,
-                    since: now,
+                    warned: None,
                     held: HeldBack::NONE,
                 })))
             })
@@ -152,11 +152,13 @@ impl Meter {
         account.held.bytes += u64::from(bytes);
         account.held.rows += u64::from(rows);
         account.held.paused += pause;
-        let warning = (now.saturating_duration_since(account.since) >= WARN).then(|| {
-            account.since = now;
+        let due = account.warned.is_none_or(|at| now.saturating_duration_since(at) >= WARN)
+            && account.held.paused >= WORTH_A_WARNING;
+        let warning = due.then(|| {
+            account.warned = Some(now);
             std::mem::replace(&mut account.held, HeldBack::NONE)
         });
-        (pause, warning.filter(|held| held.paused >= WORTH_A_WARNING))
+        (pause, warning)
     }
 
     /// A place among the links that wait for a session, and how long to wait; `None` if all are taken.
@@ -288,7 +290,7 @@ mod tests {
             now += pause;
             warnings.extend(warning);
         }
-        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert_eq!(warnings.len(), 3, "{warnings:?}");
         assert!(
             warnings[1].messages > 29_000 && warnings[1].paused > Duration::from_secs(50),
             "{warnings:?}"

@@ -10,17 +10,27 @@
 
 pub(crate) mod accounts;
 pub(crate) mod audit;
+pub(crate) mod cancels;
+pub(crate) mod cleanups;
+mod detections;
 pub(crate) mod due;
 pub(crate) mod endpoints;
 pub(crate) mod enrollments;
 pub(crate) mod events;
+pub(crate) mod incidents;
+pub(crate) mod items;
 mod notices;
+mod outcomes;
+pub(crate) mod overview;
 pub(crate) mod patterns;
 pub(crate) mod reports;
+pub(crate) mod restores;
 pub(crate) mod sessions;
+mod specs;
 pub(crate) mod streams;
 pub(crate) mod tasks;
 pub(crate) mod tokens;
+pub(crate) mod vault;
 
 use std::{str::FromStr as _, time::Duration};
 
@@ -28,11 +38,16 @@ use sqlx::{
     Any, AnyPool, Executor as _, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
+use tm_protocol::report::Failure;
 
 /// Connections for reading. SQLite's readers do not wait for its writer (WAL).
 const READERS: u32 = 4;
 /// How long a statement waits for another process's lock, then for a connection of the pool.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// SQLite's codes that pass by themselves or when somebody makes room: busy (in its variants), full, and what a
+/// full disk or quota looks like where the file system says it late.
+const PASSING: [&str; 9] = ["5", "13", "261", "517", "773", "778", "1034", "4874", "5386"];
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("src/store/migrations");
 
@@ -84,13 +99,14 @@ impl StoreError {
     pub(crate) fn is_passing(&self) -> bool {
         match self {
             Self::Open(source) | Self::Query { source, .. } => {
-                // SQLITE_BUSY, SQLITE_FULL and friends; PostgreSQL class 53 and 57.
+                // PostgreSQL: a deadlock's victim, out of resources, an operator's intervention.
                 let code = source.as_database_error().and_then(sqlx::error::DatabaseError::code);
                 matches!(source, sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed)
                     || code.is_some_and(|code| {
-                        matches!(code.as_ref(), "5" | "13" | "261" | "517")
-                            || code.starts_with("53")
-                            || code.starts_with("57")
+                        PASSING.contains(&code.as_ref())
+                            || ["40", "53", "57"]
+                                .iter()
+                                .any(|class| code.len() == 5 && code.starts_with(class))
                     })
             }
             Self::Address(_) | Self::Migrate(_) | Self::Content { .. } => false,
@@ -174,6 +190,22 @@ impl Store {
     pub(crate) async fn close(&self) {
         self.read.close().await;
         self.write.close().await;
+    }
+}
+
+/// A text that an agent supplied, as it is kept: at most `most` bytes, and without the one character that
+/// PostgreSQL cannot store.
+fn agent_text(text: &str, most: usize) -> String {
+    let end = (0..=most.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text[..end].replace('\0', "\u{fffd}")
+}
+
+/// A failure that an agent supplied, as it is kept.
+fn agent_failure(failure: &Failure) -> Failure {
+    const MAX_CODE: usize = 64;
+    Failure {
+        code: agent_text(&failure.code, MAX_CODE),
+        message: agent_text(&failure.message, Failure::MAX_TEXT),
     }
 }
 

@@ -23,33 +23,15 @@ pub(super) async fn note(
     notice: &Notice,
     now_ms: i64,
 ) -> Result<(), StoreError> {
-    append(tx, endpoint, &code(&notice.code), &message(notice, now_ms), now_ms).await
-}
-
-/// Writes down that reports never came, because the agent lost them.
-pub(super) async fn reports_lost(
-    tx: &mut Tx,
-    endpoint: EndpointId,
-    count: u64,
-    now_ms: i64,
-) -> Result<(), StoreError> {
-    let message = format!("{count} reports were lost on the endpoint before they were handed in");
-    append(tx, endpoint, "reports-lost", &message, now_ms).await
-}
-
-async fn append(
-    tx: &mut Tx,
-    endpoint: EndpointId,
-    detail: &str,
-    message: &str,
-    now_ms: i64,
-) -> Result<(), StoreError> {
+    let detail = code(&notice.code);
+    // Something is gone that a person may have to look after; everything else is for the record.
+    let bad = detail.ends_with("-lost") || detail.ends_with("-damaged");
     let event = NewEvent {
         endpoint,
         kind: EventKind::Agent,
-        status: EventStatus::Noted,
-        detail,
-        message,
+        status: if bad { EventStatus::Unsuccessful } else { EventStatus::Noted },
+        detail: &detail,
+        message: &message(notice, now_ms),
         task: None,
         incident: None,
         at_ms: now_ms,

@@ -7,7 +7,7 @@
 use sqlx::Row as _;
 use tm_protocol::{
     ids::EndpointId,
-    message::{Inventory, Notices, Report, ReportBody},
+    message::{Inventory, Notices, Report},
 };
 
 use super::{Store, StoreError, Tx, notices, reports, sessions};
@@ -90,31 +90,32 @@ impl Parcel {
 
 impl Store {
     /// Stores parcels of many sessions in one transaction; what became of each, in order. Items that are
-    /// stored already are passed over.
+    /// stored already are passed over. Of one scan, `most_detections` are stored.
     ///
     /// # Errors
     /// If the database cannot take one of them; then nothing is stored.
-    pub(crate) async fn take_in(&self, parcels: &[Parcel], now_ms: i64) -> Result<Vec<Taken>, StoreError> {
+    pub(crate) async fn take_in(
+        &self,
+        parcels: &[Parcel],
+        most_detections: i64,
+        now_ms: i64,
+    ) -> Result<Vec<Taken>, StoreError> {
         let mut tx = self.begin().await?;
         let mut taken = Vec::with_capacity(parcels.len());
         for parcel in parcels {
-            taken.push(take(&mut tx, parcel, now_ms).await?);
+            taken.push(take(&mut tx, parcel, most_detections, now_ms).await?);
         }
         Self::commit(tx).await?;
         Ok(taken)
     }
 }
 
-async fn take(tx: &mut Tx, parcel: &Parcel, now_ms: i64) -> Result<Taken, StoreError> {
+async fn take(tx: &mut Tx, parcel: &Parcel, most_detections: i64, now_ms: i64) -> Result<Taken, StoreError> {
     let Some(before) = count(tx, parcel).await? else { return Ok(Taken::Superseded) };
     for item in &parcel.items {
         match item {
             HandedIn::Report(report) if report.sequence > before.reports => {
-                if let ReportBody::Lost { count } = report.body {
-                    notices::reports_lost(tx, parcel.endpoint, count, now_ms).await?;
-                } else {
-                    reports::apply(tx, parcel.endpoint, report, now_ms).await?;
-                }
+                reports::apply(tx, parcel.endpoint, report, most_detections, now_ms).await?;
             }
             HandedIn::Report(_) => {}
             HandedIn::Notices(notices) => {
@@ -185,7 +186,7 @@ pub(super) fn unsigned(n: i64) -> u64 {
 pub(crate) mod tests {
     use tm_protocol::{
         ids::TaskId,
-        message::Hello,
+        message::{Hello, ReportBody},
         report::{Failure, Notice},
     };
     use uuid::Uuid;
@@ -215,7 +216,7 @@ pub(crate) mod tests {
                     items: vec![HandedIn::Report(report.clone())],
                     inventory: None,
                 };
-                self.take_in(&[parcel], now_ms).await?;
+                self.take_in(&[parcel], 1_000_000, now_ms).await?;
             }
             Ok(())
         }
@@ -291,14 +292,14 @@ pub(crate) mod tests {
         let first = parcel(Counts::default(), vec![notices(1, &["a", "b"]), lost(6, 5), notices(5, &["c"])]);
         // A commit whose answer got lost is tried again.
         for _ in 0..2 {
-            let taken = store.take_in(std::slice::from_ref(&first), 2).await.unwrap();
+            let taken = store.take_in(std::slice::from_ref(&first), 9, 2).await.unwrap();
             assert_eq!(taken, [Taken::Stored]);
         }
         assert_eq!(events(&store).await, ["a", "b", "reports-lost", "c"]);
         // Sent again together with new ones: only those are new.
         let after = Counts { reports: 6, notices: 5 };
         let again = parcel(after, vec![notices(4, &["b", "c", "d"]), lost(7, 0)]);
-        store.take_in(&[again], 3).await.unwrap();
+        store.take_in(&[again], 9, 3).await.unwrap();
         assert_eq!(events(&store).await, ["a", "b", "reports-lost", "c", "d", "reports-lost"]);
 
         let opened = store.open_session(id, manager, &hello(1), 4).await.unwrap();
@@ -325,6 +326,7 @@ pub(crate) mod tests {
                     parcel(older.epoch, vec![late, notices(1, &["old"])]),
                     parcel(newer.epoch, vec![notices(1, &["new"])]),
                 ],
+                9,
                 3,
             )
             .await

@@ -41,9 +41,10 @@ CREATE INDEX task_incident_by_incident ON task_incident (incident_id);
 
 ALTER TABLE detection ADD COLUMN incident_id TEXT;
 ALTER TABLE detection ADD COLUMN settled_ms BIGINT;   -- when a cleanup removed it or found it gone
-ALTER TABLE detection ADD COLUMN vault_id TEXT;       -- where its file is kept since
+ALTER TABLE detection ADD COLUMN vault_id TEXT;       -- where its file was last put
+ALTER TABLE detection ADD COLUMN refusal TEXT;        -- the code with which a cleanup last left it as it is
 CREATE INDEX detection_by_key ON detection (endpoint_id, identity);
-CREATE INDEX detection_by_incident ON detection (incident_id, identity);
+CREATE INDEX detection_by_incident ON detection (incident_id, settled_ms, identity);
 CREATE INDEX detection_by_vault ON detection (vault_id);
 
 -- One item of a cleanup or a restore, and what came of it.
@@ -65,16 +66,14 @@ CREATE TABLE task_item (
 
 -- What the endpoints' vaults hold, as their agents last said.
 CREATE TABLE vault_item (
+    id TEXT NOT NULL PRIMARY KEY,        -- time-ordered; an id belongs to the endpoint that named it first
     endpoint_id TEXT NOT NULL REFERENCES endpoint (id) ON DELETE CASCADE,
-    id TEXT NOT NULL,
     path BYTEA NOT NULL,
     sha256 TEXT NOT NULL,
     size BIGINT NOT NULL,
-    vaulted_ms BIGINT NOT NULL,
-    PRIMARY KEY (endpoint_id, id)
+    vaulted_ms BIGINT NOT NULL
 );
-CREATE INDEX vault_item_by_id ON vault_item (id);
-CREATE INDEX vault_item_by_age ON vault_item (vaulted_ms, id);
+CREATE INDEX vault_item_by_endpoint ON vault_item (endpoint_id, id);
 
 -- The Threat Event Log. It outlives what it tells of.
 CREATE TABLE event (
