@@ -5,6 +5,7 @@
 mod cleanup;
 mod enroll;
 mod hostile;
+mod link;
 mod names;
 mod roles;
 mod scan;

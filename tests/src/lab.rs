@@ -16,7 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Output, PATIENCE, bin,
+    FaultProxy, Output, PATIENCE, bin,
     output::rows,
     process::Process,
     raw::{self, Identity, Raw},
@@ -53,9 +53,24 @@ impl Lab {
     /// # Panics
     /// If it does not come up.
     pub fn start() -> Self {
+        Self::prepare().started()
+    }
+
+    /// The same with a proxy before the agents' port, which is the address that agents are told.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_behind_proxy() -> (Self, FaultProxy) {
+        let lab = Self::prepare();
+        let proxy = FaultProxy::start(lab.agent_port);
+        lab.set("public_names", &format!("[\"{}\"]", proxy.address()));
+        (lab.started(), proxy)
+    }
+
+    fn prepare() -> Self {
         let folder = tempfile::Builder::new().prefix("tm-test-").tempdir().expect("temporary folders work");
         let (agent_port, admin_port) = free_ports();
-        let mut lab = Self { manager: None, folder, agents: AtomicU32::new(0), agent_port, admin_port };
+        let lab = Self { manager: None, folder, agents: AtomicU32::new(0), agent_port, admin_port };
         let init = Command::new(bin("tm-manager"))
             .args(["init", "--public-name", "127.0.0.1", "--agent-listen", &agent_port.to_string()])
             .args(["--admin-listen", &admin_port.to_string(), "--data"])
@@ -64,8 +79,12 @@ impl Lab {
             .expect("programs can be run");
         Output::from(init).expect(0);
         lab.set("heartbeat", "\"1s\"");
-        lab.serve();
         lab
+    }
+
+    fn started(mut self) -> Self {
+        self.serve();
+        self
     }
 
     /// Sets a top-level key of `manager.toml`; takes effect at the next start of the manager.

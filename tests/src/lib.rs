@@ -6,13 +6,16 @@
 //! **Invariant:** only processes started here are ended here, each through its own handle, and folders are
 //! removed with the value that owns them.
 
+pub mod fault_proxy;
 pub mod lab;
 pub mod output;
 pub mod process;
 pub mod raw;
 pub mod samples;
+pub mod sim_agent;
 pub mod standalone;
 pub mod tmpfs;
+pub mod wire;
 
 use std::{
     env,
@@ -21,6 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use fault_proxy::FaultProxy;
 pub use lab::{Agent, Lab};
 pub use output::Output;
 

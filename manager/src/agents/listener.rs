@@ -102,7 +102,10 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             drop(permit);
             let error = session::run(&mut *link, peer.endpoint, &port.shared).await;
             match error {
-                LinkError::Frame(_) | LinkError::Protocol(_) | LinkError::Store(_) => {
+                LinkError::Frame(_)
+                | LinkError::Protocol(_)
+                | LinkError::Store(_)
+                | LinkError::Unstorable => {
                     tracing::warn!(endpoint = %peer.endpoint, %error, "A session ended.");
                 }
                 LinkError::Broken(_)

@@ -7,17 +7,34 @@ use std::collections::BTreeMap;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use sqlx::Row as _;
+use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
     report::{Detection, PathBytes},
 };
 
-use super::{StoreError, Tx, agent_text, incidents};
+use super::{
+    StoreError, Tx, agent_text,
+    events::{self, NewEvent},
+    incidents,
+};
 
 /// Longest name of a rule that is kept, in bytes.
 const MAX_RULE: usize = 4096;
 
-/// Stores a part of a scan's finds, if the scan is this endpoint's, and joins each to its incident.
+/// A part of a scan's finds.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Found<'f> {
+    pub(super) detections: &'f [Detection],
+    /// When, by the agent's clock.
+    pub(super) at_ms: i64,
+    /// How many are stored of one scan.
+    pub(super) most: i64,
+}
+
+/// Stores a part of a scan's finds, if the scan is this endpoint's, and joins each to its incident. What goes
+/// beyond the most that is stored of one scan is left out, and the log says so once; the scan's own result
+/// counts it.
 ///
 /// # Errors
 /// If the database refuses.
@@ -25,13 +42,13 @@ pub(super) async fn record(
     tx: &mut Tx,
     endpoint: EndpointId,
     task: TaskId,
-    detections: &[Detection],
-    at_ms: i64,
+    found: Found<'_>,
     now_ms: i64,
 ) -> Result<(), StoreError> {
     let row = sqlx::query(
-        "SELECT COALESCE(MAX(d.ordinal), 0) FROM task t LEFT JOIN detection d ON d.task_id = t.id
-         WHERE t.id = $1 AND t.endpoint_id = $2 AND t.kind = 'scan' GROUP BY t.id",
+        // A sub-query of its own is one look at the index; a join would walk all that the scan has found.
+        "SELECT (SELECT COALESCE(MAX(ordinal), 0) FROM detection WHERE task_id = $1)
+         FROM task WHERE id = $1 AND endpoint_id = $2 AND kind = 'scan'",
     )
     .bind(task.to_string())
     .bind(endpoint.to_string())
@@ -42,7 +59,10 @@ pub(super) async fn record(
     let known: i64 = row.get(0);
     let mut ordinal = known;
     let mut fresh: BTreeMap<(_, String), &Detection> = BTreeMap::new();
-    for detection in detections {
+    for detection in found.detections {
+        if ordinal >= found.most {
+            break;
+        }
         let rule = agent_text(&detection.rule, MAX_RULE);
         let stored = sqlx::query(
             "INSERT INTO detection (task_id, ordinal, endpoint_id, path, member, pattern_sha256, rule, sha256, size,
@@ -58,7 +78,7 @@ pub(super) async fn record(
         .bind(rule.clone())
         .bind(detection.sha256.to_string())
         .bind(i64::try_from(detection.size).unwrap_or(i64::MAX))
-        .bind(at_ms)
+        .bind(found.at_ms)
         .bind(detection.key().to_string())
         .execute(&mut **tx)
         .await
@@ -67,6 +87,20 @@ pub(super) async fn record(
             ordinal += 1;
             fresh.entry((detection.pattern, rule)).or_insert(detection);
         }
+    }
+    if known < found.most && ordinal >= found.most {
+        let message = format!("the scan has more than {} detections; the others are not stored", found.most);
+        let event = NewEvent {
+            endpoint,
+            kind: EventKind::ScanAdministrator,
+            status: EventStatus::Unsuccessful,
+            detail: "too-many-detections",
+            message: &message,
+            task: Some(task),
+            incident: None,
+            at_ms: now_ms,
+        };
+        events::append(tx, event).await?;
     }
     // Only what is new opens an incident: a find that is told again may be settled by now.
     for ((pattern, rule), first) in fresh {

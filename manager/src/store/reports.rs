@@ -1,8 +1,8 @@
 //! What agents report, written down once. What a task's end means is `outcomes`, finds are `detections`, items
 //! `items`.
 //!
-//! **Invariant:** a report's effects and its number are committed together, so that a report that comes
-//! again changes nothing.
+//! **Invariant:** a report's effects are in the transaction that counts it (`streams`), so that a report that
+//! comes again changes nothing.
 
 use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::{
@@ -12,39 +12,21 @@ use tm_protocol::{
 };
 
 use super::{
-    Store, StoreError, Tx, agent_failure, detections,
+    StoreError, Tx, agent_failure, detections,
     events::{self, NewEvent},
     items,
     outcomes::{self, End},
     vault,
 };
 
-impl Store {
-    /// Applies reports of one or many agents in one transaction. Reports that are stored already are passed over.
-    pub(crate) async fn record_reports(
-        &self,
-        reports: &[(EndpointId, Report)],
-        now_ms: i64,
-    ) -> Result<(), StoreError> {
-        let mut tx = self.begin().await?;
-        for (endpoint, report) in reports {
-            record(&mut tx, *endpoint, report, now_ms).await?;
-        }
-        Self::commit(tx).await
-    }
-}
-
-async fn record(tx: &mut Tx, endpoint: EndpointId, report: &Report, now_ms: i64) -> Result<(), StoreError> {
-    let sequence = i64::try_from(report.sequence).unwrap_or(i64::MAX);
-    let fresh = sqlx::query("UPDATE endpoint SET stored_through = $2 WHERE id = $1 AND stored_through < $2")
-        .bind(endpoint.to_string())
-        .bind(sequence)
-        .execute(&mut **tx)
-        .await
-        .map_err(StoreError::query("count a report"))?;
-    if fresh.rows_affected() == 0 {
-        return Ok(());
-    }
+/// Applies one report, which has been counted in the same transaction. Of one scan, `most_detections` are stored.
+pub(super) async fn apply(
+    tx: &mut Tx,
+    endpoint: EndpointId,
+    report: &Report,
+    most_detections: i64,
+    now_ms: i64,
+) -> Result<(), StoreError> {
     match &report.body {
         ReportBody::Accepted { task } => move_to(tx, endpoint, *task, TaskState::Delivered, now_ms).await,
         ReportBody::Started { task } => move_to(tx, endpoint, *task, TaskState::Running, now_ms).await,
@@ -54,7 +36,8 @@ async fn record(tx: &mut Tx, endpoint: EndpointId, report: &Report, now_ms: i64)
             Ok(())
         }
         ReportBody::Detections { task, detections } => {
-            detections::record(tx, endpoint, *task, detections, report.at_ms, now_ms).await
+            let found = detections::Found { detections, at_ms: report.at_ms, most: most_detections };
+            detections::record(tx, endpoint, *task, found, now_ms).await
         }
         ReportBody::Items { task, items } => {
             items::record(tx, endpoint, *task, items, report.at_ms, now_ms).await
@@ -119,7 +102,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::store::tests::scratch;
+    use crate::store::{Store, tests::scratch};
 
     async fn text(store: &Store, sql: &'static str) -> String {
         sqlx::query(sql).fetch_one(store.reader()).await.unwrap().get(0)
