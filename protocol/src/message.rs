@@ -271,10 +271,10 @@ pub enum ReportBody {
         /// At most what fits one frame and [`Report::MAX_WEIGHT`].
         items: Vec<VaultEntry>,
     },
-    /// The `count` reports up to and including this number were lost on the endpoint (a damaged journal): it
-    /// follows `sequence - count`.
+    /// The report of this number and the `count` before it were lost on the endpoint (a damaged journal): it
+    /// follows `sequence - count - 1`.
     Lost {
-        /// How many, at least 1.
+        /// How many besides this one.
         count: u64,
     },
 }

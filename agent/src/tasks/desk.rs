@@ -190,7 +190,7 @@ impl Desk {
                     }
                 },
                 Effect::SendLost { through, count } => {
-                    let body = ReportBody::Lost { count };
+                    let body = ReportBody::Lost { count: count.saturating_sub(1) };
                     let report = Report { sequence: through, at_ms: now.unix_ms, body };
                     acts.extend(encode_report(&report).map(Act::Send));
                 }

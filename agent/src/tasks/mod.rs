@@ -610,7 +610,7 @@ impl Tasks {
                 | ReportBody::Detections { .. }
                 | ReportBody::Items { .. }
                 | ReportBody::Vault { .. }
-                | ReportBody::Lost { .. } => ReportBody::Lost { count: 1 },
+                | ReportBody::Lost { .. } => ReportBody::Lost { count: 0 },
             };
             encode_report(&Report { sequence, at_ms: now.unix_ms, body }).unwrap_or_default()
         });

@@ -230,7 +230,7 @@ impl World {
         match ToManager::decode(&frame).unwrap().unwrap() {
             ToManager::Report(report) => {
                 let follows = match &report.body {
-                    ReportBody::Lost { count } => report.sequence - count,
+                    ReportBody::Lost { count } => report.sequence - count - 1,
                     _ => report.sequence - 1,
                 };
                 assert!(follows <= reports, "reports were left out: {} after {reports}", report.sequence);
@@ -242,7 +242,7 @@ impl World {
                     ReportBody::Finished { task, .. } | ReportBody::Refused { task, .. } => {
                         *self.manager.ends.entry(task).or_default() += 1;
                     }
-                    ReportBody::Lost { count } => self.manager.lost += count,
+                    ReportBody::Lost { count } => self.manager.lost += count + 1,
                     _ => {}
                 }
             }

@@ -46,7 +46,10 @@ pub(super) async fn apply(
         ReportBody::Lost { count } => {
             let message = format!(
                 "{} lost on the endpoint, because its journal was damaged",
-                if *count == 1 { "1 report was".to_owned() } else { format!("{count} reports were") }
+                match count.saturating_add(1) {
+                    1 => "1 report was".to_owned(),
+                    lost => format!("{lost} reports were"),
+                }
             );
             let event = NewEvent {
                 endpoint,
