@@ -374,6 +374,11 @@ pub(crate) mod tests {
         id
     }
 
+    /// Ends every session, as the sessions would.
+    pub(crate) async fn disconnect_all(tx: &mut super::super::Tx) {
+        sqlx::query("UPDATE endpoint SET manager_id = NULL").execute(&mut **tx).await.unwrap();
+    }
+
     async fn five() -> (Store, tempfile::TempDir) {
         let (store, folder) = scratch().await;
         put(&store, 1, "endpoint_001", &["192.168.0.5", "2001:db8::1"], true).await;
