@@ -48,7 +48,7 @@ pub(crate) async fn why(State(state): State<AppState>, Named(target): Named) -> 
     let filter = TaskFilter { endpoint: Some(id), live_first: true, ..TaskFilter::default() };
     let rows = state.store.tasks(&filter, TASKS).await?;
     let tasks: Vec<TaskView> = rows.into_iter().map(tasks::view).collect::<Result<_, _>>()?;
-    let filter = EventFilter { endpoints: Some(vec![id]), ..EventFilter::default() };
+    let filter = EventFilter { endpoint: Some(id), ..EventFilter::default() };
     let newest = state.store.events(&filter, true, EVENTS).await?;
     let standing: Vec<_> = incidents.iter().map(|row| (row.state, row.detail.clone())).collect();
     let live: Vec<TaskView> = tasks.iter().filter(|task| !task.state.is_final()).cloned().collect();
