@@ -5,8 +5,9 @@
 use std::{
     collections::BTreeSet,
     fs,
+    io::{BufRead as _, BufReader, Write as _},
     net::SocketAddr,
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -170,6 +171,54 @@ fn a_manager_that_dies_while_fifty_agents_report_loses_and_doubles_nothing() {
     for agent in &agents {
         let seen = agent.snapshot();
         assert_eq!((seen.assigned.len(), seen.reports), (ROUNDS, per_agent), "{seen:?}");
+    }
+}
+
+#[test]
+fn a_locked_store_makes_agents_wait_and_costs_no_session() {
+    let lab = Lab::start();
+    lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
+    let runtime = runtime();
+    let personas = enroll(&lab, &runtime, lab.agent_port, 5);
+    order_scan(&lab);
+    let agents: Vec<SimAgent> = personas
+        .into_iter()
+        .map(|persona| start(&runtime, persona, lab.agent_port, sim_agent::begun()))
+        .collect();
+    let stored = || agents.iter().map(|agent| agent.snapshot().reports_stored).sum::<u64>();
+    let tasks: Vec<TaskId> = agents.iter().map(task_of).collect();
+    wait_for("the control: reports to be stored", PATIENCE, || (stored() == 10).then_some(()));
+
+    let mut locker = Command::new("sqlite3")
+        .args(["-cmd", ".timeout 10000"])
+        .arg(lab.manager_data().join("manager.db"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("sqlite3 is installed");
+    let mut say = locker.stdin.take().unwrap();
+    say.write_all(b"BEGIN IMMEDIATE;\nSELECT 'locked';\n").unwrap();
+    let mut lines = BufReader::new(locker.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "locked");
+    for (agent, task) in agents.iter().zip(&tasks) {
+        for number in 0..100 {
+            agent.report(found(*task, format!("/{number}")));
+        }
+    }
+    // Longer than the manager waits for a lock, and many heartbeats.
+    wait_for("the manager to say that it waits", PATIENCE, || {
+        lab.manager().log().contains("The store cannot be written").then_some(())
+    });
+    for agent in &agents {
+        assert!(agent.snapshot().connected, "the manager asks after those that it does not listen to");
+    }
+    assert_eq!(stored(), 10, "nothing is acknowledged that is not stored");
+    drop(say);
+    locker.wait().unwrap();
+    wait_for("everything to be stored", PATIENCE, || (stored() == 510).then_some(()));
+    assert_eq!(sql(&lab, "SELECT COUNT(*), COUNT(DISTINCT endpoint_id) FROM detection"), ["500|5"]);
+    for agent in &agents {
+        assert_eq!(agent.snapshot().sessions, 1, "{:?}", agent.snapshot());
     }
 }
 
