@@ -39,18 +39,20 @@ fn who_stops_waiting_is_told_that_the_task_goes_on() {
     agent.stop();
     lab.wait_away(&agent);
 
-    let args = ["scan", "start", &agent.id, "--path", &folder, "--when-connected", "--wait"];
-    let mut waiting = Process::start(&mut tmctl(&lab, &args), &lab.path("tmctl.log"));
-    wait_for("tmctl to wait", PATIENCE, || handles_interrupts(waiting.pid()).then_some(()));
+    let args = ["scan", "start", &agent.id, "--path", &folder, "--when-connected", "-o", "json"];
+    let ordered = lab.tmctl(args).expect(0).json();
+    let id = ordered[0]["id"].as_str().unwrap();
+    let mut waiting = Process::start(&mut tmctl(&lab, &["task", "follow", id]), &lab.path("tmctl.log"));
+    wait_for("tmctl to wait", PATIENCE, || {
+        (handles_interrupts(waiting.pid()) && waiting.log().contains("waiting for the endpoint"))
+            .then_some(())
+    });
     waiting.signal(Signal::INT);
     let status = waiting.wait(PATIENCE).expect("tmctl ends");
     assert_eq!(status.code(), Some(130), "{}", waiting.log());
-
-    let task = lab.newest_task(&agent).expect("the order stands");
-    let id = task["id"].as_str().unwrap();
     assert!(waiting.log().contains(&format!("tmctl task follow {id}")), "{}", waiting.log());
     assert!(waiting.log().contains(&format!("tmctl task cancel {id}")), "{}", waiting.log());
-    assert_eq!(task["state"], "queued");
+    assert_eq!(lab.newest_task(&agent).unwrap()["state"], "queued");
     agent.run();
     let end = tmctl(&lab, &["task", "follow", id]).output().unwrap();
     assert_eq!(end.status.code(), Some(10), "{}", String::from_utf8_lossy(&end.stderr));
