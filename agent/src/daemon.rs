@@ -223,8 +223,11 @@ impl Agent {
         loop {
             let mut retry_after = Duration::ZERO;
             for address in self.enrolled.addresses.clone() {
+                let before = self.desk.stored();
                 let ended = self.session(&address).await;
-                if self.welcomed_at.take().is_some_and(|at| at.elapsed() >= GOOD_SESSION) {
+                // A session that brought something across was a good one, however short.
+                let was_good = self.welcomed_at.take().is_some_and(|at| at.elapsed() >= GOOD_SESSION);
+                if was_good || self.desk.stored() != before {
                     failures = 0;
                 }
                 let failure = match ended.goodbye {
