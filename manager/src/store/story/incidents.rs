@@ -104,7 +104,8 @@ async fn what_a_cleanup_leaves_decides_where_the_incident_stands() {
     let (a, b) = (find("/a", "evil"), find("/b", "evil"));
     type End = fn(Tally) -> Outcome;
     let interrupted: End = |_| Outcome::Failed(Failure::new("interrupted", "the agent was restarted"));
-    let cases: [(&str, Vec<ItemReport>, End, IncidentState, TaskState, &str); 8] = [
+    type Case = (&'static str, Vec<ItemReport>, End, IncidentState, TaskState, &'static str);
+    let cases: [Case; 8] = [
         (
             "one is refused",
             vec![vaulted(&a), refused(&b)],
