@@ -258,7 +258,10 @@ async fn a_large_incident_is_cleaned_by_several_tasks_and_a_file_by_one() {
     }
     assert_eq!(files.len(), 2800);
     for pair in many.chunks(2) {
-        let task_of = |find: &Detection| files.iter().find(|(key, _)| *key == find.key()).unwrap().1;
+        let task_of = |find: &Detection| {
+            let wanted = find.key();
+            files.iter().find(|(key, _)| *key == wanted).unwrap().1
+        };
         assert_eq!(task_of(&pair[0]), task_of(&pair[1]), "{}", pair[0].path);
     }
     let cancelled = Outcome::Cancelled(None);
