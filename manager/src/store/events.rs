@@ -159,8 +159,8 @@ impl Store {
         limit: u32,
     ) -> Result<Vec<EventRow>, StoreError> {
         let mut filter = filter.clone();
-        let Some(bounds) = self.numbers_between(&filter).await? else { return Ok(Vec::new()) };
-        filter.after = filter.after.max(bounds.0);
+        let Some(bound) = self.bound(&filter, newest).await? else { return Ok(Vec::new()) };
+        filter.after = filter.after.max(bound.after);
         let whose = match (filter.endpoint, &filter.found) {
             (Some(endpoint), _) => Whose::Of(vec![endpoint]),
             (None, Some(found)) => match self.endpoint_ids(found, FEW + 1).await? {
@@ -170,7 +170,7 @@ impl Store {
             },
             (None, None) => Whose::Everybodys,
         };
-        let rows = statement(&filter, &whose, bounds.1, newest, limit).fetch(self).await;
+        let rows = statement(&filter, &whose, bound.through, newest, limit).fetch(self).await;
         let rows = rows.map_err(StoreError::query("read the events"))?;
         let mut events = rows.iter().map(event).collect::<Result<Vec<_>, _>>()?;
         if newest {
@@ -179,20 +179,25 @@ impl Store {
         Ok(events)
     }
 
-    /// The numbers before the first and of the last event within a period, so that the log need not be read from
-    /// its beginning to find them; `None` if there is none. Clocks jump: numbers and times need not have the same
-    /// order, but whatever lies within the period lies within these numbers.
-    async fn numbers_between(
-        &self,
-        filter: &EventFilter,
-    ) -> Result<Option<(Option<i64>, Option<i64>)>, StoreError> {
-        if filter.since_ms.is_none() && filter.until_ms.is_none() {
-            return Ok(Some((None, None)));
-        }
-        let mut statement = Statement {
-            sql: "SELECT MIN(id), MAX(id) FROM event WHERE 1 = 1".to_owned(),
-            values: Vec::new(),
+    /// Where in the log a period begins or ends, on the side that is read from, so that the log need not be read
+    /// from there; `None` if nothing lies within the period. Clocks jump: numbers and times need not have the
+    /// same order, but whatever lies within the period lies within this bound.
+    async fn bound(&self, filter: &EventFilter, newest: bool) -> Result<Option<Bound>, StoreError> {
+        let (sought, direction, limit) = match (newest, filter.since_ms, filter.until_ms) {
+            (false, Some(since), _) => ("MIN(id)", "", since),
+            (true, _, Some(until)) => ("MAX(id)", " DESC", until),
+            (_, _, _) => return Ok(Some(Bound::default())),
         };
+        // Where the log begins (or ends) within the period there is nothing to look for.
+        let sql = format!("SELECT at_ms FROM event ORDER BY id{direction} LIMIT 1");
+        let first = Statement { sql, values: Vec::new() };
+        let first = first.fetch(self).await.map_err(StoreError::query("find a period's events"))?;
+        let is_within = first.first().is_none_or(|row| (row.get::<i64, _>(0) >= limit) != newest);
+        if is_within {
+            return Ok(Some(Bound::default()));
+        }
+        let mut statement =
+            Statement { sql: format!("SELECT {sought} FROM event WHERE 1 = 1"), values: Vec::new() };
         if let Some(since) = filter.since_ms {
             statement.add("at_ms >=", Value::Number(since));
         }
@@ -200,12 +205,22 @@ impl Store {
             statement.add("at_ms <", Value::Number(until));
         }
         let rows = statement.fetch(self).await.map_err(StoreError::query("find a period's events"))?;
-        let bound = |column| rows.first().and_then(|row| row.get::<Option<i64>, _>(column));
-        Ok(match (bound(0), bound(1)) {
-            (Some(first), Some(last)) => Some((Some(first - 1), Some(last))),
-            (_, _) => None,
-        })
+        let number = rows.first().and_then(|row| row.get::<Option<i64>, _>(0));
+        Ok(number.map(|number| {
+            if newest {
+                Bound { after: None, through: Some(number) }
+            } else {
+                Bound { after: Some(number - 1), through: None }
+            }
+        }))
     }
+}
+
+/// Numbers between which events are looked for.
+#[derive(Debug, Clone, Copy, Default)]
+struct Bound {
+    after: Option<i64>,
+    through: Option<i64>,
 }
 
 fn statement(
