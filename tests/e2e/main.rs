@@ -10,6 +10,7 @@ mod scan;
 mod session;
 mod skeleton;
 mod standalone;
+mod vault;
 
 use std::collections::BTreeSet;
 

@@ -12,6 +12,8 @@ pub mod process;
 pub mod raw;
 pub mod samples;
 pub mod standalone;
+pub mod strace;
+pub mod vault;
 
 use std::{
     env,
