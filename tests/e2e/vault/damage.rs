@@ -2,7 +2,10 @@
 
 use std::{fs, path::PathBuf};
 
-use tm_tests::vault::{Item, Vault, names};
+use tm_tests::{
+    is_long,
+    vault::{Item, Vault, names},
+};
 
 /// A vault with some items in it, and where their files were.
 struct Filled {
@@ -54,16 +57,18 @@ fn a_damaged_index_loses_nothing_and_is_reported() {
         let warned = vault.run(&["list"]).expect(0).err().contains("recover");
         let settled = vault.recover();
         assert_eq!(&vault.items(), items, "flip at {at}: {settled}");
-        assert_eq!(vault.recover(), "finished 0, undone 0, damaged 0", "flip at {at}");
+        if n % 8 == 0 {
+            assert_eq!(vault.recover(), "finished 0, undone 0, damaged 0", "flip at {at}");
+        }
         assert_ne!(settled, "finished 0, undone 0, damaged 0", "flip at {at} is reported");
         reported += usize::from(warned);
     }
     assert_eq!(reported, 200, "also by a list");
-    for cut in (0..=used).step_by(used.div_ceil(150)).chain([used - 1, used, used + 1]) {
+    let cuts = if is_long() { used } else { 40 };
+    for cut in (0..=used).step_by(used.div_ceil(cuts)).chain([used - 1, used, used + 1]) {
         fs::write(&index, &good[..cut]).unwrap();
         let settled = vault.recover();
         assert_eq!(&vault.items(), items, "cut at {cut}: {settled}");
-        assert_eq!(vault.recover(), "finished 0, undone 0, damaged 0", "cut at {cut}");
     }
     fs::remove_file(&index).unwrap();
     let output = vault.run(&["recover"]).expect(0);
