@@ -111,7 +111,7 @@ struct Whistle {
     end: AtomicBool,
     resting: AtomicUsize,
     tricks: AtomicU64,
-    /// How long everything lies as it should between two tricks, in microseconds.
+    /// How long at most everything stays as it is between two steps of a trick, in microseconds.
     calm: AtomicU64,
 }
 
@@ -131,6 +131,14 @@ impl Whistle {
         }
     }
 
+    /// For a while everything stays as it is: as it should be, or in the middle of a trick.
+    fn wait(&self) {
+        match self.calm.load(Ordering::SeqCst) {
+            0 => thread::yield_now(),
+            calm => thread::sleep(Duration::from_micros(random() % calm)),
+        }
+    }
+
     /// Runs tricks as `nobody` until the end.
     fn follow(&self, mut trick: impl FnMut(u64)) {
         become_nobody();
@@ -146,10 +154,7 @@ impl Whistle {
             while self.work.load(Ordering::SeqCst) {
                 trick(n);
                 n += 1;
-                let calm = self.calm.load(Ordering::SeqCst);
-                if calm > 0 {
-                    thread::sleep(Duration::from_micros(random() % calm));
-                }
+                self.wait();
                 self.tricks.fetch_add(1, Ordering::Relaxed);
             }
             self.resting.fetch_add(1, Ordering::SeqCst);
@@ -172,11 +177,11 @@ fn rename(from: &Path, to: &Path) {
 }
 
 /// Swaps the folder for a link.
-fn swap_folder(home: &Path, protected: &Path) {
+fn swap_folder(home: &Path, protected: &Path, whistle: &Whistle) {
     let (d, away) = (home.join("d"), home.join("away"));
     rename(&d, &away);
     let _ = symlink(protected, &d);
-    thread::yield_now();
+    whistle.wait();
     // Only this thread ever makes a link of that name.
     if d.is_symlink() {
         let _ = fs::remove_file(&d);
@@ -185,7 +190,7 @@ fn swap_folder(home: &Path, protected: &Path) {
 }
 
 /// Swaps the file for a link, a hard link and another file; and what the vault makes, for a link.
-fn swap_names(home: &Path, protected: &Path, n: u64) {
+fn swap_names(home: &Path, protected: &Path, n: u64, whistle: &Whistle) {
     let d = home.join("d");
     let (f, mine, away) = (d.join("f"), d.join("mine"), d.join("f.away"));
     let trash = || d.join(format!("trash{n}-{}", random()));
@@ -196,7 +201,7 @@ fn swap_names(home: &Path, protected: &Path, n: u64) {
         2 => rename(&mine, &f),
         _ => drop(symlink(protected.join("new"), &f)),
     }
-    thread::yield_now();
+    whistle.wait();
     if n % 4 == 2 {
         rename(&f, &mine);
     }
@@ -224,12 +229,16 @@ fn random() -> u64 {
     x
 }
 
+/// One of the calls that change names is held up for long enough for a trick, and any other for a moment.
 fn delays() -> Vec<String> {
-    const CALLS: [&str; 7] = ["unlinkat", "renameat2", "linkat", "openat2", "mkdirat", "openat", "fsync"];
-    let at = usize::try_from(random() % 7).unwrap();
-    [CALLS[at], CALLS[(at + 1 + usize::try_from(random() % 6).unwrap()) % 7]]
-        .map(|call| format!("{call}:delay_enter={}", random() % 3000))
-        .to_vec()
+    const LATE: [&str; 3] = ["unlinkat", "renameat2", "linkat"];
+    const OTHER: [&str; 4] = ["openat2", "mkdirat", "openat", "fsync"];
+    let pick = |calls: &[&'static str]| calls[usize::try_from(random()).unwrap_or(0) % calls.len()];
+    let (late, other) = (pick(&LATE), pick(&OTHER));
+    vec![
+        format!("{late}:delay_enter={}", 1000 + random() % 6000),
+        format!("{other}:delay_enter={}", random() % 1000),
+    ]
 }
 
 /// What came of it, in few words.
@@ -266,8 +275,8 @@ fn a_stranger_who_swaps_names_makes_root_touch_nothing_else() {
     let whistle = Whistle::default();
     let mut count = BTreeMap::new();
     thread::scope(|scope| {
-        scope.spawn(|| whistle.follow(|_| swap_folder(&ground.home, &ground.protected)));
-        scope.spawn(|| whistle.follow(|n| swap_names(&ground.home, &ground.protected, n)));
+        scope.spawn(|| whistle.follow(|_| swap_folder(&ground.home, &ground.protected, &whistle)));
+        scope.spawn(|| whistle.follow(|n| swap_names(&ground.home, &ground.protected, n, &whistle)));
         whistle.rest();
         // Whatever goes wrong below, the strangers must come to an end.
         let tried = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
