@@ -16,6 +16,8 @@ pub mod sim_agent;
 pub mod standalone;
 pub mod tmpfs;
 pub mod wire;
+pub mod strace;
+pub mod vault;
 
 use std::{
     env,

@@ -309,7 +309,9 @@ impl Examined {
     /// Whether the file is what was judged, and did not change while it was read.
     fn still(&self, judged: Option<&Judged>, sha256: Sha256) -> Result<(), VaultError> {
         let now = attributes::attributes(&self.file).map_err(VaultError::io("look at", &self.path))?;
-        if (now.size, now.modified, now.changed) != (self.seen.size, self.seen.modified, self.seen.changed) {
+        let is_other = (now.size, now.modified) != (self.seen.size, self.seen.modified);
+        // A new name or mode changes this time too, and whoever owns the file can give it one all the time.
+        if is_other || (now.changed != self.seen.changed && digest(&self.file, &self.path)?.0 != sha256) {
             return Err(VaultError::Changed(self.path.clone(), "changed while it was read".to_owned()));
         }
         if judged.is_some_and(|judged| judged.sha256 != sha256) {
