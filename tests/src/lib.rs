@@ -14,10 +14,10 @@ pub mod raw;
 pub mod samples;
 pub mod sim_agent;
 pub mod standalone;
-pub mod tmpfs;
-pub mod wire;
 pub mod strace;
+pub mod tmpfs;
 pub mod vault;
+pub mod wire;
 
 use std::{
     env,
