@@ -492,7 +492,7 @@ fn runs(usual: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(runs(2_000))]
+    #![proptest_config(runs(1_500))]
 
     #[test]
     fn every_order_has_one_end_and_every_report_arrives_once(steps in prop::collection::vec(step(), 1..60)) {

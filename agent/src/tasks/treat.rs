@@ -7,7 +7,7 @@ use std::{
 
 use tm_protocol::{
     ids::{Sha256, TaskId},
-    message::{Outcome, Progress},
+    message::{Outcome, Progress, Report},
     report::{Failure, ItemReport, ItemVerdict, PathBytes, Tally, Verdict},
     task::{RestoreSpec, ScanLimits},
 };
@@ -24,8 +24,10 @@ use crate::{
     vault::{Vault, VaultError},
 };
 
-/// Most items in one report, and most of their bytes (paths and notes, roughly).
+/// Most items in one report, most of what there is to store of them ([`Report::weight`] without the report
+/// itself), and most of their bytes (paths and notes, roughly).
 const BATCH: usize = 32;
+const BATCH_WEIGHT: usize = Report::MAX_WEIGHT - 1;
 const BATCH_BYTES: usize = 96 << 10;
 /// How long an item may wait to be told.
 const BATCH_FOR: Duration = Duration::from_millis(500);
@@ -38,6 +40,7 @@ pub(crate) fn cleanup(
     context: &Context,
     cancel: &AtomicBool,
 ) -> Outcome {
+    let Some(turn) = context.shown.wait_for_turn(cancel) else { return Outcome::Cancelled(None) };
     let mut vault = match open(context) {
         Ok(vault) => vault,
         Err(failure) => return Outcome::Failed(failure),
@@ -73,6 +76,7 @@ pub(crate) fn cleanup(
     items.flush();
     drop(vault);
     context.shown.is_up_to_date(&context.paths);
+    drop(turn);
     Outcome::Treated(tally)
 }
 
@@ -112,6 +116,7 @@ pub(crate) fn restore(
     context: &Context,
     cancel: &AtomicBool,
 ) -> Outcome {
+    let Some(turn) = context.shown.wait_for_turn(cancel) else { return Outcome::Cancelled(None) };
     let mut vault = match open(context) {
         Ok(vault) => vault,
         Err(failure) => return Outcome::Failed(failure),
@@ -134,8 +139,12 @@ pub(crate) fn restore(
             detections: vec![],
             vault: Some(*id),
             path: place.unwrap_or_else(|| PathBytes(vec![])),
-            sha256: entry.as_ref().map(|entry| entry.sha256),
-            size: entry.as_ref().map_or(0, |entry| entry.size),
+            sha256: entry.as_ref().map(|entry| entry.sha256).or(before.as_ref().map(|before| before.sha256)),
+            size: entry
+                .as_ref()
+                .map(|entry| entry.size)
+                .or(before.as_ref().map(|before| before.size))
+                .unwrap_or(0),
             verdict: ItemVerdict::Restored,
             failure: None,
             notes: vec![],
@@ -165,6 +174,7 @@ pub(crate) fn restore(
     items.flush();
     drop(vault);
     context.shown.is_up_to_date(&context.paths);
+    drop(turn);
     Outcome::Treated(tally)
 }
 
@@ -195,6 +205,7 @@ struct Items<'a> {
     context: &'a Context,
     waiting: Vec<ItemReport>,
     bytes: usize,
+    weight: usize,
     since: Instant,
     progress: Progress,
 }
@@ -202,17 +213,19 @@ struct Items<'a> {
 impl<'a> Items<'a> {
     fn new(task: TaskId, context: &'a Context) -> Self {
         let progress = Progress { task, files: 0, bytes: 0, detections: 0, skipped: 0 };
-        Self { task, context, waiting: Vec::new(), bytes: 0, since: Instant::now(), progress }
+        Self { task, context, waiting: Vec::new(), bytes: 0, weight: 0, since: Instant::now(), progress }
     }
 
     fn tell(&mut self, item: ItemReport) {
         let notes: usize =
             item.notes.iter().chain(&item.failure).map(|n| n.code.len() + n.message.len()).sum();
         let size = item.path.0.len() + item.detections.len() * 32 + notes;
-        if self.bytes + size > BATCH_BYTES {
+        let weight = 1 + item.detections.len();
+        if self.bytes + size > BATCH_BYTES || self.weight + weight > BATCH_WEIGHT {
             self.flush();
         }
         self.bytes += size;
+        self.weight += weight;
         self.progress.files += 1;
         self.progress.bytes = self.progress.bytes.saturating_add(item.size);
         if matches!(item.verdict, ItemVerdict::Refused | ItemVerdict::Failed) {
@@ -227,11 +240,54 @@ impl<'a> Items<'a> {
 
     fn flush(&mut self) {
         self.bytes = 0;
+        self.weight = 0;
         self.since = Instant::now();
         let items = std::mem::take(&mut self.waiting);
         if !items.is_empty() {
             // It fails only when the agent is ending; the task then goes on after the next start.
             let _ = self.context.tell.blocking_send(Told::Treated(self.task, items));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tm_protocol::message::ReportBody;
+    use tokio::sync::mpsc;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::tasks::execute::tests::context;
+
+    /// A manager takes no heavier report, and would take nothing any more from an agent that has one to send.
+    #[test]
+    fn no_report_of_items_is_heavier_than_a_manager_takes() {
+        let (tell, mut told) = mpsc::channel(1000);
+        let folder = tempfile::tempdir().unwrap();
+        let context = context(folder.path(), tell);
+        let task = TaskId::new(Uuid::from_u128(1));
+        let mut items = Items::new(task, &context);
+        for n in 0..100 {
+            items.tell(ItemReport {
+                detections: vec![Sha256::of(b"d"); [1, 200, ItemReport::MAX_DETECTIONS][n % 3]],
+                vault: None,
+                path: PathBytes(b"/x".to_vec()),
+                sha256: None,
+                size: 1,
+                verdict: ItemVerdict::Vaulted,
+                failure: None,
+                notes: vec![],
+            });
+        }
+        items.flush();
+        let mut count = 0;
+        while let Ok(told) = told.try_recv() {
+            if let Told::Treated(task, items) = told {
+                count += items.len();
+                let report = Report { sequence: 1, at_ms: 0, body: ReportBody::Items { task, items } };
+                assert!(report.weight() <= Report::MAX_WEIGHT, "{}", report.weight());
+            }
+        }
+        assert_eq!(count, 100);
     }
 }
