@@ -150,7 +150,12 @@ pub(crate) fn restore(
             notes: vec![],
         };
         // A task that goes on after a crash has done this one before.
-        let is_done = resumed && spec.to.is_none() && before.is_some();
+        let is_done = resumed
+            && !spec.dry_run
+            && match &spec.to {
+                None => before.is_some(),
+                Some(to) => vault.has_copy_at(*id, to).unwrap_or(false),
+            };
         if !is_done {
             match put_back(&mut vault, *id, spec) {
                 Ok((path, notes)) => {
@@ -257,7 +262,38 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::tasks::execute::tests::context;
+    use crate::{tasks::execute::tests::context, vault::Limits};
+
+    /// The agent was killed after the copy stood in its place and before it said so.
+    #[test]
+    fn a_copy_that_was_put_before_a_crash_is_not_in_its_own_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = |name: &str| PathBytes(folder.path().join(name).into_os_string().into_encoded_bytes());
+        std::fs::create_dir(folder.path().join("state")).unwrap();
+        std::fs::write(folder.path().join("file"), "bad").unwrap();
+        let (tell, mut told) = mpsc::channel(100);
+        let context = context(&folder.path().join("state"), tell);
+        let mut vault = Vault::open(&context.paths, Limits::default()).unwrap();
+        let id = vault.put(&name("file"), None, None).unwrap().entry.id;
+        drop(vault);
+        let mut run = |to: &str, resumed: bool| {
+            let spec = RestoreSpec { items: vec![id], to: Some(name(to)), set_id: false, dry_run: false };
+            let task = TaskId::new(Uuid::from_u128(1));
+            restore(task, &spec, resumed, &context, &AtomicBool::new(false));
+            let items = std::iter::from_fn(|| told.try_recv().ok())
+                .find_map(|told| if let Told::Treated(_, items) = told { Some(items) } else { None });
+            let item = items.unwrap().remove(0);
+            (item.verdict, item.failure.map(|failure| failure.code))
+        };
+        let exists = || Some("exists".to_owned());
+        assert_eq!(run("copy", false), (ItemVerdict::Restored, None));
+        assert_eq!(run("copy", false), (ItemVerdict::Refused, exists()), "another order");
+        assert_eq!(run("copy", true), (ItemVerdict::Restored, None), "the same, after a crash");
+        std::fs::write(folder.path().join("other"), "bad").unwrap();
+        assert_eq!(run("other", true), (ItemVerdict::Refused, exists()), "what somebody else put there");
+        std::fs::write(folder.path().join("copy"), "other").unwrap();
+        assert_eq!(run("copy", true), (ItemVerdict::Refused, exists()), "what was changed since");
+    }
 
     /// A manager takes no heavier report, and would take nothing any more from an agent that has one to send.
     #[test]
