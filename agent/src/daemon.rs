@@ -92,8 +92,6 @@ pub(crate) enum DaemonError {
     Identity(#[from] crate::enroll::EnrollError),
     #[error("cannot open the journal in `{path}`")]
     Journal { path: String, source: std::io::Error },
-    #[error(transparent)]
-    Config(#[from] crate::config::ConfigError),
     #[error("cannot set up TLS")]
     Tls(#[source] rustls::Error),
     #[error("cannot listen to signals")]
@@ -103,7 +101,10 @@ pub(crate) enum DaemonError {
 /// Runs until it is told to end.
 pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
     let _lock = lock(&paths)?;
-    let config = Config::load(&paths)?;
+    let (config, config_fault) = match Config::load(&paths) {
+        Ok(config) => (config, None),
+        Err(error) => (Config::cautious(), Some(connection::chain(&error))),
+    };
     let enrolled = Enrolled::load(&paths)?;
     let control = Arc::new(enrolled.tls(ALPN_CONTROL).map_err(DaemonError::Tls)?);
     let bulk = Arc::new(enrolled.tls(ALPN_BULK).map_err(DaemonError::Tls)?);
@@ -141,6 +142,10 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
         status,
     };
     agent.watch_clock();
+    if let Some(message) = config_fault {
+        tracing::error!("The settings are not used: {message}.");
+        agent.decide(Event::Notice { code: "config-invalid", message, count: 0 });
+    }
     agent.care();
     agent.write_status();
     acts.into_iter().for_each(|act| agent.perform(act));

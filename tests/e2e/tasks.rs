@@ -212,6 +212,23 @@ fn a_damaged_journal_starts_and_is_reported() {
 }
 
 #[test]
+fn settings_that_are_not_right_stop_no_agent_and_are_reported() {
+    let lab = Lab::start();
+    let mut agent = lab.agent();
+    lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
+    let dirty = folder(&lab, "dirty", 1);
+    agent.stop();
+    fs::write(agent.data.join("agent.toml"), "[vault]\nretention = \"soon\"\n").unwrap();
+    agent.run();
+    lab.wait_connected(&agent);
+    lab.scan(&agent, &dirty).expect(10);
+    wait_for("the manager to know", PATIENCE, || {
+        let events = rows(&lab.tmctl(["event", "list", "-o", "json"]).expect(0).json());
+        events.iter().any(|event| event.to_string().contains("vault.retention")).then_some(())
+    });
+}
+
+#[test]
 fn a_clock_that_jumps_neither_loses_a_task_nor_ends_it_early() {
     let lab = Lab::start();
     let mut agent = lab.agent();
