@@ -197,7 +197,9 @@ mod tests {
             .map(|told| match told {
                 Told::Notice { code, .. } => code.to_owned(),
                 Told::Vault { items, .. } => format!("{} items", items.len()),
-                other => panic!("{other:?}"),
+                Told::Detected(..) | Told::Treated(..) | Told::Progress(_) | Told::Finished(..) => {
+                    panic!("nobody detects or treats here")
+                }
             })
             .collect()
     }

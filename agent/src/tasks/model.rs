@@ -267,10 +267,8 @@ impl World {
         let frame = tm_protocol::frame::take(&mut bytes, ToManager::limit).unwrap().unwrap();
         match ToManager::decode(&frame).unwrap().unwrap() {
             ToManager::Report(report) => {
-                let follows = match &report.body {
-                    ReportBody::Lost { count } => report.sequence - count - 1,
-                    _ => report.sequence - 1,
-                };
+                let lost = if let ReportBody::Lost { count } = &report.body { *count } else { 0 };
+                let follows = report.sequence - lost - 1;
                 assert!(follows <= reports, "reports were left out: {} after {reports}", report.sequence);
                 if report.sequence <= reports {
                     return;
@@ -281,7 +279,11 @@ impl World {
                         *self.manager.ends.entry(task).or_default() += 1;
                     }
                     ReportBody::Lost { count } => self.manager.lost += count + 1,
-                    _ => {}
+                    ReportBody::Accepted { .. }
+                    | ReportBody::Started { .. }
+                    | ReportBody::Detections { .. }
+                    | ReportBody::Items { .. }
+                    | ReportBody::Vault { .. } => {}
                 }
             }
             ToManager::Notices(message) => {
@@ -295,7 +297,12 @@ impl World {
                     }
                 }
             }
-            other => panic!("{other:?}"),
+            ToManager::Hello(_)
+            | ToManager::Inventory(_)
+            | ToManager::Ping(_)
+            | ToManager::Pong(_)
+            | ToManager::Progress(_)
+            | ToManager::EnrollRequest(_) => panic!("nothing of the desk's"),
         }
         self.manager.stored.insert(stream, (reports, notices));
         if !self.lose_acks {
@@ -384,8 +391,9 @@ impl World {
                 self.manager.ordered.insert(*n);
                 Some(Event::Assigned(assign(*n)))
             }
-            Step::Cancel(n) if connected && self.manager.ordered.contains(n) => {
-                Some(Event::Cancelled(Cancel { task: id(*n) }))
+            Step::Cancel(n) => {
+                let is_open = self.manager.ordered.contains(n) && !self.manager.ends.contains_key(&id(*n));
+                (connected && is_open).then(|| Event::Cancelled(Cancel { task: id(*n) }))
             }
             Step::Finish(which) => self.pick(*which).map(|task| Event::Finished(task, outcome(task))),
             Step::Connect => {
@@ -393,7 +401,18 @@ impl World {
                 let (reports, notices) = stored.copied().unwrap_or_default();
                 (!connected).then_some(Event::Connected { reports, notices })
             }
-            _ => None,
+            Step::Order(_)
+            | Step::CancelUnknown(_)
+            | Step::Hang(_)
+            | Step::Detect(_)
+            | Step::Notice
+            | Step::Refuse(_)
+            | Step::Tick(_)
+            | Step::Cut
+            | Step::LoseAck(_)
+            | Step::Crash
+            | Step::CrashWithin(_)
+            | Step::Reboot(_) => None,
         };
         if let Some(event) = event {
             let _ = self.desk.as_mut().unwrap().handle(event, self.now);

@@ -120,7 +120,12 @@ impl Bench {
                         ToManager::Notices(told) => {
                             self.notices.extend(told.notices.into_iter().map(|notice| notice.code));
                         }
-                        other => panic!("{other:?}"),
+                        ToManager::Hello(_)
+                        | ToManager::Inventory(_)
+                        | ToManager::Ping(_)
+                        | ToManager::Pong(_)
+                        | ToManager::Progress(_)
+                        | ToManager::EnrollRequest(_) => panic!("nothing of the desk's"),
                     }
                 }
                 Act::Start { task, .. } => self.begun.push(task),
@@ -131,10 +136,7 @@ impl Bench {
     }
 
     fn ends(&self, task: TaskId) -> usize {
-        let is_end = |report: &&Report| match &report.body {
-            ReportBody::Finished { task: of, .. } | ReportBody::Refused { task: of, .. } => *of == task,
-            _ => false,
-        };
+        let is_end = |report: &&Report| matches!(&report.body, ReportBody::Finished { task: of, .. } | ReportBody::Refused { task: of, .. } if *of == task);
         self.sent.iter().filter(is_end).count()
     }
 
@@ -264,9 +266,8 @@ fn a_manager_that_stores_nothing_cannot_fill_the_disk_and_a_cancel_has_its_say()
         bench.handle(Event::ReportsStored { through });
     }
     assert_eq!((bench.ends(id(1)), bench.reconnects), (1, 1));
-    let last = bench.sent.iter().find_map(|report| match &report.body {
-        ReportBody::Finished { outcome, .. } => Some(outcome.clone()),
-        _ => None,
+    let last = bench.sent.iter().find_map(|report| {
+        if let ReportBody::Finished { outcome, .. } = &report.body { Some(outcome.clone()) } else { None }
     });
     assert_eq!(last, Some(Outcome::Cancelled(Some(Coverage::default()))));
 }

@@ -311,10 +311,10 @@ impl Journal {
     /// # Errors
     /// `NotFound` if there is none of that number; `InvalidData` if it is damaged by now.
     pub(crate) fn report(&self, sequence: u64) -> io::Result<Vec<u8>> {
-        match self.read(Key::Report(sequence))? {
-            Record::Report { frame, .. } => Ok(frame),
-            _ => Err(io::ErrorKind::InvalidData.into()),
-        }
+        let Record::Report { frame, .. } = self.read(Key::Report(sequence))? else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        Ok(frame)
     }
 
     /// A notice that the manager has not stored.
@@ -322,10 +322,10 @@ impl Journal {
     /// # Errors
     /// As [`Journal::report`].
     pub(crate) fn notice(&self, number: u64) -> io::Result<Notice> {
-        match self.read(Key::Notice(number))? {
-            Record::Notice { notice, .. } => Ok(notice),
-            _ => Err(io::ErrorKind::InvalidData.into()),
-        }
+        let Record::Notice { notice, .. } = self.read(Key::Notice(number))? else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        Ok(notice)
     }
 
     /// A detection that this agent made and noted; `None` if it never did, or has forgotten it.
