@@ -30,23 +30,26 @@ const CRATES: [(&str, &[&str]); 9] = [
 
 /// Which rooms of the agent a room may use. Files beside the rooms (config, paths, …) are plumbing: the
 /// composition root alone may know everything.
-const AGENT: [(&str, &[&str]); 5] = [
+const AGENT: [(&str, &[&str]); 6] = [
     ("platform", &[]),
     ("scan", &["platform"]),
+    ("cleanup", &["platform", "vault"]),
     // `execute` hands each task to its room, and has patterns fetched for it.
-    ("tasks", &["platform", "scan", "connection"]),
+    ("tasks", &["platform", "scan", "connection", "vault", "cleanup"]),
     ("connection", &["platform"]),
     ("vault", &["platform"]),
 ];
 
 /// The same for the manager.
-const MANAGER: [(&str, &[&str]); 6] = [
+const MANAGER: [(&str, &[&str]); 7] = [
     ("access", &[]),
-    ("store", &[]),
+    // Pure; the store applies it within the transaction of what happened.
+    ("mitigation", &[]),
+    ("store", &["mitigation"]),
     ("patterns", &["store"]),
     ("agents", &["store", "patterns"]),
     ("dispatch", &["store", "agents"]),
-    ("http", &["store", "access", "patterns"]),
+    ("http", &["store", "access", "mitigation", "patterns"]),
 ];
 
 /// Modules that build everything; only the command line, which starts them, may use them.

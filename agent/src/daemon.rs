@@ -19,10 +19,10 @@ use serde::{Deserialize, Serialize};
 use tm_protocol::{
     ALPN_BULK, ALPN_CONTROL, VERSION,
     address::Address,
-    ids::{StreamId, TaskId},
-    message::{Hello, Inventory, Ping, Pong, ToAgent, ToManager, Welcome},
+    ids::{Sha256, TaskId},
+    message::{Goodbye, Hello, Inventory, Ping, Pong, ToAgent, ToManager, Welcome},
     report::Failure,
-    task::TaskKind,
+    task::{CleanupSpec, TaskKind, TaskSpec},
     text::escape_for_display,
 };
 use tokio::{
@@ -33,13 +33,16 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
+    config::Config,
     connection::{self, ConnectError, Link, backoff},
     enroll::Enrolled,
     paths::{Paths, replace},
     platform::facts,
     tasks::{
-        Effect, Event, Now, Tasks,
-        execute::{self, Context, Told},
+        Event, Now, care,
+        desk::{Act, Desk},
+        execute::{self, Context, Told, Work},
+        journal::record::{Boot, Found},
     },
 };
 
@@ -53,6 +56,12 @@ const LOOK: Duration = Duration::from_secs(5);
 const GOOD_SESSION: Duration = Duration::from_secs(60);
 /// The longest silence before a link is given up, whatever the manager asks for.
 const LONGEST_SILENCE: Duration = Duration::from_secs(55);
+/// How often the vault is looked after.
+const CARE: Duration = Duration::from_secs(60);
+/// How often time is kept.
+const TICK: Duration = Duration::from_secs(1);
+/// How far the wall clock may drift between two looks before it counts as a jump, in milliseconds.
+const CLOCK_JUMP_MS: u64 = 60_000;
 /// What running tasks have told and the loop has not heard; beyond it they wait.
 const TOLD: usize = 64;
 
@@ -68,6 +77,9 @@ pub(crate) struct Status {
     pub(crate) since: String,
     pub(crate) last_failure: Option<Failure>,
     pub(crate) running_task: Option<String>,
+    /// Why nothing can be written down, if nothing can: no task is then taken.
+    #[serde(default)]
+    pub(crate) journal_trouble: Option<String>,
 }
 
 /// Why the agent does not run.
@@ -79,6 +91,10 @@ pub(crate) enum DaemonError {
     Folder { path: String, source: std::io::Error },
     #[error(transparent)]
     Identity(#[from] crate::enroll::EnrollError),
+    #[error("cannot open the journal in `{path}`")]
+    Journal { path: String, source: std::io::Error },
+    #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
     #[error("cannot set up TLS")]
     Tls(#[source] rustls::Error),
     #[error("cannot listen to signals")]
@@ -88,12 +104,16 @@ pub(crate) enum DaemonError {
 /// Runs until it is told to end.
 pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
     let _lock = lock(&paths)?;
+    let config = Config::load(&paths)?;
     let enrolled = Enrolled::load(&paths)?;
     let control = Arc::new(enrolled.tls(ALPN_CONTROL).map_err(DaemonError::Tls)?);
     let bulk = Arc::new(enrolled.tls(ALPN_BULK).map_err(DaemonError::Tls)?);
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (tell, told) = mpsc::channel(TOLD);
+    let boot = Boot(facts::boot_id().parse().map_or(0, |id: Uuid| id.as_u128()));
+    let (desk, acts) = Desk::open(&paths.journal(), enrolled.endpoint, boot, now())
+        .map_err(|source| DaemonError::Journal { path: paths.journal().display().to_string(), source })?;
     let status = Status {
         endpoint: enrolled.endpoint.to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -102,10 +122,12 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
         ..Status::default()
     };
     let mut agent = Agent {
-        tasks: Tasks::new(enrolled.endpoint),
-        stream: StreamId::new(Uuid::now_v7()),
+        desk,
         nonce: rand::random(),
-        start: Instant::now(),
+        shown: care::Shown::default(),
+        last_care: None,
+        config,
+        clock_offset_ms: None,
         welcomed_at: None,
         cancels: BTreeMap::new(),
         paths,
@@ -116,7 +138,10 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
         told,
         status,
     };
+    agent.watch_clock();
+    agent.care();
     agent.write_status();
+    acts.into_iter().for_each(|act| agent.perform(act));
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(endpoint = %agent.enrolled.endpoint, "The agent runs.");
     tokio::select! {
@@ -165,10 +190,14 @@ fn lock(paths: &Paths) -> Result<File, DaemonError> {
 }
 
 struct Agent {
-    tasks: Tasks,
-    stream: StreamId,
+    desk: Desk,
     nonce: u64,
-    start: Instant,
+    /// The vault as the manager was last told of it.
+    shown: care::Shown,
+    last_care: Option<Instant>,
+    config: Config,
+    /// Wall time less elapsed time, when last looked at.
+    clock_offset_ms: Option<i64>,
     /// When the session in hand was welcomed.
     welcomed_at: Option<Instant>,
     cancels: BTreeMap<TaskId, Arc<AtomicBool>>,
@@ -194,8 +223,11 @@ impl Agent {
         loop {
             let mut retry_after = Duration::ZERO;
             for address in self.enrolled.addresses.clone() {
+                let before = self.desk.stored();
                 let ended = self.session(&address).await;
-                if self.welcomed_at.take().is_some_and(|at| at.elapsed() >= GOOD_SESSION) {
+                // A session that brought something across was a good one, however short.
+                let was_good = self.welcomed_at.take().is_some_and(|at| at.elapsed() >= GOOD_SESSION);
+                if was_good || self.desk.stored() != before {
                     failures = 0;
                 }
                 let failure = match ended.goodbye {
@@ -214,64 +246,57 @@ impl Agent {
             }
             let wait = backoff::wait(failures, rand::random()).max(retry_after);
             failures += 1;
-            self.rest(wait).await;
+            self.meanwhile(sleep(wait)).await;
         }
     }
 
-    /// Waits, while running tasks go on and time is kept.
-    async fn rest(&mut self, wait: Duration) {
-        let over = sleep(wait);
-        tokio::pin!(over);
+    /// Waits for something outside of any session, while running tasks go on and time is kept.
+    async fn meanwhile<F: Future>(&mut self, something: F) -> F::Output {
+        tokio::pin!(something);
         loop {
             tokio::select! {
-                () = &mut over => return,
-                Some(told) = self.told.recv(), if !self.tasks.is_full() => { self.hear(told); }
-                () = sleep(Duration::from_secs(1)) => { self.decide(Event::Tick); }
+                output = &mut something => return output,
+                Some(told) = self.told.recv(), if !self.desk.is_held_up() => {
+                    if let Some(event) = event(told) {
+                        self.decide(event);
+                    }
+                }
+                () = sleep(TICK) => self.tick(),
             }
         }
     }
 
     /// One session, to its end.
     async fn session(&mut self, address: &Address) -> Ended {
-        match self.try_session(address).await {
+        let ended = match self.try_session(address).await {
             Ok(ended) => ended,
             Err(error) => Ended { error, goodbye: None },
-        }
+        };
+        self.decide(Event::Disconnected);
+        ended
     }
 
     async fn try_session(&mut self, address: &Address) -> Result<Ended, ConnectError> {
-        let mut link = connection::dial(address, &self.control).await?;
-        let mut buffer = BytesMut::new();
-        send(&mut link, self.hello().into()).await?;
-        let welcome = loop {
-            let first = timeout(WELCOME, connection::read(&mut link, &mut buffer)).await;
-            match first.map_err(|_| ConnectError::Timeout)?? {
-                ToAgent::Welcome(welcome) => break welcome,
-                ToAgent::Goodbye(goodbye) => return Ok(Ended::goodbye(goodbye)),
-                ToAgent::Ping(Ping { nonce }) => send(&mut link, Pong { nonce }.into()).await?,
-                ToAgent::Pong(_)
-                | ToAgent::Assign(_)
-                | ToAgent::ReportStored(_)
-                | ToAgent::NoticesStored(_)
-                | ToAgent::EnrollReply(_)
-                | ToAgent::Cancel(_) => return Err(ConnectError::Protocol("a message before the welcome")),
-            }
+        let opening = open_session(address.clone(), Arc::clone(&self.control), self.hello());
+        let (mut link, mut buffer, welcome) = match self.meanwhile(opening).await? {
+            Opened::Welcomed(session) => *session,
+            Opened::SentAway(goodbye) => return Ok(Ended::goodbye(goodbye)),
         };
         self.welcomed(address, &welcome);
         let mut inventory = look().await;
         if let Some(facts) = inventory.clone() {
             send(&mut link, facts.into()).await?;
         }
-        let effects =
-            self.tasks.handle(Event::Connected { stored_through: welcome.stored_through }, self.now());
-        self.perform_all(effects, &mut link).await?;
+        let standing = Event::Connected { reports: welcome.stored_through, notices: welcome.notices_through };
+        let acts = self.handle(standing);
+        self.perform_all(acts, &mut link).await?;
         let heartbeat = Duration::from_millis(u64::from(welcome.heartbeat_ms.clamp(200, 60_000)));
         let silence = (heartbeat * 2).clamp(Duration::from_secs(1), LONGEST_SILENCE);
         let (mut last_heard, mut last_look) = (Instant::now(), Instant::now());
         let mut next_ping = Instant::now() + jittered(heartbeat);
         loop {
-            let wake = next_ping.min(last_heard + silence).min(Instant::now() + Duration::from_secs(1));
-            let effects = tokio::select! {
+            let wake = next_ping.min(last_heard + silence).min(Instant::now() + TICK);
+            let acts = tokio::select! {
                 message = connection::read(&mut link, &mut buffer) => {
                     last_heard = Instant::now();
                     match message? {
@@ -279,28 +304,39 @@ impl Agent {
                             send(&mut link, Pong { nonce }.into()).await?;
                             Vec::new()
                         }
-                        ToAgent::Pong(_) | ToAgent::Welcome(_) | ToAgent::NoticesStored(_) => Vec::new(),
-                        ToAgent::Assign(assign) => self.tasks.handle(Event::Assigned(assign), self.now()),
-                        ToAgent::Cancel(cancel) => self.tasks.handle(Event::Cancelled(cancel), self.now()),
+                        ToAgent::Pong(_) | ToAgent::Welcome(_) => Vec::new(),
+                        ToAgent::Assign(assign) => self.handle(Event::Assigned(assign)),
+                        ToAgent::Cancel(cancel) => self.handle(Event::Cancelled(cancel)),
                         ToAgent::ReportStored(stored) => {
-                            self.tasks.handle(Event::Stored { through: stored.through }, self.now())
+                            self.handle(Event::ReportsStored { through: stored.through })
+                        }
+                        ToAgent::NoticesStored(stored) => {
+                            self.handle(Event::NoticesStored { through: stored.through })
                         }
                         ToAgent::Goodbye(goodbye) => return Ok(Ended::goodbye(goodbye)),
                         ToAgent::EnrollReply(_) => return Err(ConnectError::Protocol("an enrollment nobody asked for")),
                     }
                 }
-                Some(told) = self.told.recv(), if !self.tasks.is_full() => match told {
-                    Told::Progress(progress) => vec![Effect::Send(progress.into())],
-                    told @ (Told::Detections(..) | Told::Finished(..)) => self.tasks.handle(event(told), self.now()),
+                Some(told) = self.told.recv(), if !self.desk.is_held_up() => match told {
+                    Told::Progress(progress) => {
+                        send(&mut link, progress.into()).await?;
+                        Vec::new()
+                    }
+                    told @ (Told::Detected(..)
+                    | Told::Treated(..)
+                    | Told::Finished(..)
+                    | Told::Vault { .. }
+                    | Told::Notice { .. }) => {
+                        event(told).map(|event| self.handle(event)).unwrap_or_default()
+                    }
                 },
-                () = tokio::time::sleep_until(wake.into()) => self.tasks.handle(Event::Tick, self.now()),
+                () = tokio::time::sleep_until(wake.into()) => {
+                    self.care();
+                    self.watch_clock();
+                    self.handle(Event::Tick)
+                }
             };
-            let changed = !effects.is_empty();
-            let performed = self.perform_all(effects, &mut link).await;
-            if changed {
-                self.note_running();
-            }
-            performed?;
+            self.perform_all(acts, &mut link).await?;
             let now = Instant::now();
             if now >= last_heard + silence {
                 return Err(ConnectError::Timeout);
@@ -329,8 +365,8 @@ impl Agent {
             boot_id: facts::boot_id(),
             process_nonce: self.nonce,
             task_kinds: TaskKind::ALL.iter().map(|kind| kind.number()).collect(),
-            stream: self.stream,
-            clock_ms: self.now().unix_ms,
+            stream: self.desk.stream(),
+            clock_ms: now().unix_ms,
             last_failure: self.status.last_failure.clone(),
         }
     }
@@ -346,67 +382,120 @@ impl Agent {
         }
     }
 
-    fn hear(&mut self, told: Told) {
-        match told {
-            // Progress without a link is lost without harm.
-            Told::Progress(_) => {}
-            told @ (Told::Detections(..) | Told::Finished(..)) => self.decide(event(told)),
-        }
-    }
-
-    /// Decides while there is no link: what would be sent is kept, and sent at the next session.
-    fn decide(&mut self, event: Event) {
-        for effect in self.tasks.handle(event, self.now()) {
-            match effect {
-                Effect::Send(_) => {}
-                Effect::Start(task, spec) => self.start_task(task, spec),
-                Effect::Stop(task) => self.stop_task(task),
-            }
-        }
+    /// Decides and writes down. A disk that is slow holds up this thread, not the runtime.
+    fn handle(&mut self, event: Event) -> Vec<Act> {
+        let acts = tokio::task::block_in_place(|| self.desk.handle(event, now()));
         self.note_running();
+        acts
     }
 
-    /// Performs every effect, also when the link breaks half-way: the decision has been made, and a task that
-    /// counts as running must be begun. What could not be sent is kept and sent at the next session.
-    async fn perform_all(&mut self, effects: Vec<Effect>, link: &mut Link) -> Result<(), ConnectError> {
-        let mut sent = Ok(());
-        for effect in effects {
-            match effect {
-                Effect::Send(message) if sent.is_ok() => sent = send(link, message).await,
-                Effect::Send(_) => {}
-                Effect::Start(task, spec) => self.start_task(task, spec),
-                Effect::Stop(task) => self.stop_task(task),
+    /// Decides while there is no link: what would be sent is kept, and sent in the next session.
+    fn decide(&mut self, event: Event) {
+        for act in self.handle(event) {
+            self.perform(act);
+        }
+    }
+
+    /// Looks after the vault now and then, in a thread of its own.
+    fn care(&mut self) {
+        if self.last_care.is_some_and(|at| at.elapsed() < CARE) {
+            return;
+        }
+        self.last_care = Some(Instant::now());
+        let (paths, limits) = (self.paths.clone(), self.config.vault);
+        let (tell, shown) = (self.tell.clone(), self.shown.clone());
+        tokio::task::spawn_blocking(move || care::look_after(&paths, limits, &shown, &tell));
+    }
+
+    fn tick(&mut self) {
+        self.care();
+        self.watch_clock();
+        self.decide(Event::Tick);
+    }
+
+    /// Performs every act, also when the link breaks half-way: the decision has been made, and a task that
+    /// counts as running must be begun. What could not be sent is kept and sent in the next session.
+    async fn perform_all(&mut self, acts: Vec<Act>, link: &mut Link) -> Result<(), ConnectError> {
+        let mut result = Ok(());
+        for act in acts {
+            match act {
+                Act::Send(bytes) => {
+                    if result.is_ok() {
+                        result = connection::write(link, &bytes).await;
+                    }
+                }
+                Act::Reconnect => result = result.and(Err(ConnectError::Anew)),
+                act @ (Act::Start { .. } | Act::Stop(_)) => self.perform(act),
             }
         }
-        sent
+        result
     }
 
-    fn start_task(&mut self, task: TaskId, spec: tm_protocol::task::TaskSpec) {
+    fn perform(&mut self, act: Act) {
+        match act {
+            Act::Start { task, spec, resumed } => self.start_task(task, spec, resumed),
+            Act::Stop(task) => {
+                if let Some(cancel) = self.cancels.get(&task) {
+                    cancel.store(true, Ordering::Release);
+                }
+            }
+            // Without a link there is nothing to send on and none to end.
+            Act::Send(_) | Act::Reconnect => {}
+        }
+    }
+
+    fn start_task(&mut self, task: TaskId, spec: TaskSpec, resumed: bool) {
         let cancel = Arc::new(AtomicBool::new(false));
-        self.cancels.clear();
+        let running = self.desk.running();
+        self.cancels.retain(|task, cancel| running.contains(task) || Arc::strong_count(cancel) > 1);
         self.cancels.insert(task, Arc::clone(&cancel));
         let manager = self.status.manager.as_deref().and_then(|m| m.parse().ok());
-        let Some(manager) = manager.or_else(|| self.enrolled.addresses.first().cloned()) else { return };
         let context = Context {
             paths: self.paths.clone(),
-            manager,
+            manager: manager.or_else(|| self.enrolled.addresses.first().cloned()),
             bulk: Arc::clone(&self.bulk),
             tell: self.tell.clone(),
+            boot: self.desk.boot(),
+            vault: self.config.vault,
+            shown: self.shown.clone(),
         };
-        tokio::spawn(execute::run(task, spec, context, cancel));
+        let work = match spec {
+            TaskSpec::Scan(spec) => Work::Scan(spec),
+            TaskSpec::Restore(spec) => Work::Restore { spec, resumed },
+            TaskSpec::Cleanup(spec) => Work::Cleanup { noted: self.noted(&spec), dry_run: spec.dry_run },
+        };
+        tokio::spawn(execute::run(task, work, context, cancel));
     }
 
-    fn stop_task(&mut self, task: TaskId) {
-        if let Some(cancel) = self.cancels.get(&task) {
-            cancel.store(true, Ordering::Release);
-        }
+    /// What the journal knows of the detections that a cleanup names.
+    fn noted(&self, spec: &CleanupSpec) -> Result<Vec<(Sha256, Option<Found>)>, Failure> {
+        let look_up = |key: &Sha256| Ok((*key, self.desk.found(*key)?));
+        let noted: std::io::Result<Vec<_>> = spec.detections.iter().map(look_up).collect();
+        noted.map_err(|error| Failure::new("journal-unreadable", format!("cannot read the journal: {error}")))
     }
 
     fn note_running(&mut self) {
-        let running = self.tasks.running().map(|task| task.to_string());
-        if running != self.status.running_task {
+        let running = self.desk.running().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let running = (!running.is_empty()).then_some(running);
+        let trouble = self.desk.trouble().map(ToOwned::to_owned);
+        if running != self.status.running_task || trouble != self.status.journal_trouble {
             self.status.running_task = running;
+            self.status.journal_trouble = trouble;
             self.write_status();
+        }
+    }
+
+    /// Tells the manager of a wall clock that jumped. Tasks do not depend on it; records do.
+    fn watch_clock(&mut self) {
+        let now = now();
+        let offset = now.unix_ms.saturating_sub(i64::try_from(now.elapsed_ms).unwrap_or(i64::MAX));
+        let jump = offset.saturating_sub(self.clock_offset_ms.replace(offset).unwrap_or(offset));
+        if jump.unsigned_abs() >= CLOCK_JUMP_MS {
+            let direction = if jump > 0 { "forward" } else { "back" };
+            let seconds = jump.unsigned_abs() / 1000;
+            tracing::warn!(seconds, direction, "The system's clock jumped.");
+            let message = format!("the endpoint's clock jumped {direction} by {seconds} s");
+            self.decide(Event::Notice { code: "clock-jumped", message, count: seconds });
         }
     }
 
@@ -418,18 +507,51 @@ impl Agent {
             tracing::warn!(%error, "Cannot write the status file.");
         }
     }
+}
 
-    fn now(&self) -> Now {
-        let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Now {
-            elapsed_ms: u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX),
-            unix_ms: i64::try_from(unix.as_millis()).unwrap_or(i64::MAX),
+/// The clocks. Elapsed time counts suspend, so that a deadline means what its issuer thinks.
+fn now() -> Now {
+    let boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let elapsed = Duration::try_from(boot).unwrap_or_default();
+    let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Now {
+        elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+        unix_ms: i64::try_from(unix.as_millis()).unwrap_or(i64::MAX),
+    }
+}
+
+/// A link on which the manager has said welcome, or goodbye.
+enum Opened {
+    Welcomed(Box<(Link, BytesMut, Welcome)>),
+    SentAway(Goodbye),
+}
+
+async fn open_session(
+    address: Address,
+    config: Arc<rustls::ClientConfig>,
+    hello: Hello,
+) -> Result<Opened, ConnectError> {
+    let mut link = connection::dial(&address, &config).await?;
+    let mut buffer = BytesMut::new();
+    send(&mut link, hello.into()).await?;
+    loop {
+        let first = timeout(WELCOME, connection::read(&mut link, &mut buffer)).await;
+        match first.map_err(|_| ConnectError::Timeout)?? {
+            ToAgent::Welcome(welcome) => return Ok(Opened::Welcomed(Box::new((link, buffer, welcome)))),
+            ToAgent::Goodbye(goodbye) => return Ok(Opened::SentAway(goodbye)),
+            ToAgent::Ping(Ping { nonce }) => send(&mut link, Pong { nonce }.into()).await?,
+            ToAgent::Pong(_)
+            | ToAgent::Assign(_)
+            | ToAgent::ReportStored(_)
+            | ToAgent::NoticesStored(_)
+            | ToAgent::EnrollReply(_)
+            | ToAgent::Cancel(_) => return Err(ConnectError::Protocol("a message before the welcome")),
         }
     }
 }
 
 impl Ended {
-    fn goodbye(goodbye: tm_protocol::message::Goodbye) -> Self {
+    fn goodbye(goodbye: Goodbye) -> Self {
         let wait = Duration::from_millis(u64::from(goodbye.retry_after_ms)).min(Duration::from_secs(3600));
         // The manager's words end up in a log, a file and the next hello: harmless, and of a length that fits.
         let code: String = goodbye.failure.code.chars().take(64).filter(|c| c.is_ascii_graphic()).collect();
@@ -438,11 +560,15 @@ impl Ended {
     }
 }
 
-fn event(told: Told) -> Event {
+/// What the core hears of it; progress is for the link alone, and without one it is lost without harm.
+fn event(told: Told) -> Option<Event> {
     match told {
-        Told::Detections(task, detections) => Event::Detections(task, detections),
-        Told::Finished(task, outcome) => Event::Finished(task, outcome),
-        Told::Progress(_) => Event::Tick,
+        Told::Detected(task, found) => Some(Event::Detected(task, found)),
+        Told::Treated(task, items) => Some(Event::Treated(task, items)),
+        Told::Finished(task, outcome) => Some(Event::Finished(task, outcome)),
+        Told::Vault { first, items } => Some(Event::Vault { first, items }),
+        Told::Notice { code, message, count } => Some(Event::Notice { code, message, count }),
+        Told::Progress(_) => None,
     }
 }
 

@@ -1,6 +1,8 @@
 //! `tm-agent`: the program on every endpoint.
 
+mod cleanup;
 mod cli;
+mod config;
 mod connection;
 mod daemon;
 mod enroll;

@@ -40,6 +40,16 @@ impl Paths {
         self.root.join("identity.new")
     }
 
+    /// Settings, if there are any.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.root.join("agent.toml")
+    }
+
+    /// What the agent must not forget: tasks, reports, detections.
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.root.join("journal")
+    }
+
     /// Patterns by digest.
     pub(crate) fn patterns(&self) -> PathBuf {
         self.root.join("patterns")

@@ -15,6 +15,13 @@ pub(crate) enum Permission {
     ChangeEndpoints,
     ReadTasks,
     OrderTasks,
+    CancelTasks,
+    OrderCleanup,
+    OrderRestore,
+    ReadStatus,
+    ReadEvents,
+    ReadIncidents,
+    ReadVaults,
     ReadPatterns,
     ImportPatterns,
     ReadTokens,
@@ -30,11 +37,18 @@ pub(crate) const fn allows(role: Role, permission: Permission) -> bool {
         Permission::ReadVersion
         | Permission::ReadEndpoints
         | Permission::ReadTasks
+        | Permission::ReadStatus
+        | Permission::ReadEvents
+        | Permission::ReadIncidents
+        | Permission::ReadVaults
         | Permission::ReadPatterns => match role {
             Role::Administrator | Role::Operator | Role::Viewer => true,
         },
         Permission::ChangeEndpoints
         | Permission::OrderTasks
+        | Permission::CancelTasks
+        | Permission::OrderCleanup
+        | Permission::OrderRestore
         | Permission::ImportPatterns
         | Permission::ReadTokens
         | Permission::ReadAudit => match role {
@@ -75,6 +89,13 @@ mod tests {
             (Permission::ChangeEndpoints, [true, true, false]),
             (Permission::ReadTasks, [true, true, true]),
             (Permission::OrderTasks, [true, true, false]),
+            (Permission::CancelTasks, [true, true, false]),
+            (Permission::OrderCleanup, [true, true, false]),
+            (Permission::OrderRestore, [true, true, false]),
+            (Permission::ReadStatus, [true, true, true]),
+            (Permission::ReadEvents, [true, true, true]),
+            (Permission::ReadIncidents, [true, true, true]),
+            (Permission::ReadVaults, [true, true, true]),
             (Permission::ReadPatterns, [true, true, true]),
             (Permission::ImportPatterns, [true, true, false]),
             (Permission::ReadTokens, [true, true, false]),

@@ -44,8 +44,9 @@ enum Command {
         /// Where administrators connect
         #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:4434")]
         admin_listen: SocketAddr,
-        /// A name or IP under which agents reach this manager (may be given several times)
-        #[arg(long, value_name = "NAME")]
+        /// A name or IP under which agents reach this manager, with a port if another than it listens on (may
+        /// be given several times)
+        #[arg(long, value_name = "NAME[:PORT]")]
         public_name: Vec<String>,
         /// The database [default: sqlite in the folder]
         #[arg(long, value_name = "URL")]
@@ -117,6 +118,9 @@ fn init(
     if agent.port() == 0 || admin.port() == 0 {
         bail!("port 0 is not an address that agents could be told");
     }
+    if let Some(wrong) = names.iter().find(|name| config::public_name(name).is_none()) {
+        bail!("`{}` is not a host name or an IP address, with or without a port", wrong.escape_debug());
+    }
     if names.is_empty() {
         names.push(if agent.ip().is_loopback() {
             agent.ip().to_string()
@@ -175,9 +179,10 @@ fn check(data: &Path) -> anyhow::Result<()> {
     Authority::load(&data.join("ca")).context("the certificate authority cannot be used")?;
     let _ = writeln!(
         io::stdout(),
-        "The configuration is right: agents connect to {}, administrators to {}.",
+        "The configuration is right: agents connect to {}, administrators to {}.\n{}",
         config.agent_listen,
-        config.admin_listen
+        config.admin_listen,
+        config.limits.explain()
     );
     Ok(())
 }

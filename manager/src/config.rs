@@ -5,17 +5,21 @@ use std::{fs, io, net::SocketAddr, path::Path, time::Duration};
 use serde::Deserialize;
 use tm_protocol::address::Address;
 
+use super::limits::{self, Limits, RawLimits};
+
 /// What a manager runs with.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Config {
     pub(crate) agent_listen: SocketAddr,
     pub(crate) admin_listen: SocketAddr,
-    pub(crate) public_names: Vec<String>,
+    /// Under which agents reach this manager: `None` means the port of `agent_listen`.
+    pub(crate) public_names: Vec<(String, Option<u16>)>,
     pub(crate) database: Option<String>,
     /// How often agents and manager ping each other, 200 ms to 27 s (silence of twice that ends a session,
     /// and a dead link is to be seen within a minute).
     pub(crate) heartbeat: Duration,
     pub(crate) log: String,
+    pub(crate) limits: Limits,
 }
 
 #[derive(Debug, Deserialize)]
@@ -29,6 +33,8 @@ struct Raw {
     heartbeat: String,
     #[serde(default = "default_log")]
     log: String,
+    #[serde(default)]
+    limits: RawLimits,
 }
 
 /// Why there is no configuration.
@@ -56,8 +62,13 @@ impl Config {
     pub(crate) fn addresses(&self) -> Vec<Address> {
         self.public_names
             .iter()
-            .filter_map(|name| Address::new(name, self.agent_listen.port()).ok())
+            .filter_map(|(host, port)| Address::new(host, port.unwrap_or(self.agent_listen.port())).ok())
             .collect()
+    }
+
+    /// The names that the manager's certificate is for.
+    pub(crate) fn hosts(&self) -> Vec<String> {
+        self.public_names.iter().map(|(host, _)| host.clone()).collect()
     }
 }
 
@@ -74,21 +85,37 @@ impl TryFrom<Raw> for Config {
         };
         let value =
             |key, value: &str, expected| ConfigError::Value { key, value: value.to_owned(), expected };
-        for name in &raw.public_names {
-            Address::new(name, 1).map_err(|_| value("public_names", name, "a host name or an IP address"))?;
-        }
+        let public_names = raw
+            .public_names
+            .iter()
+            .map(|name| {
+                public_name(name).ok_or_else(|| {
+                    value("public_names", name, "a host name or an IP address, with or without a port")
+                })
+            })
+            .collect::<Result<_, _>>()?;
         let heartbeat = duration(&raw.heartbeat)
             .filter(|d| (Duration::from_millis(200)..=Duration::from_secs(27)).contains(d))
             .ok_or_else(|| value("heartbeat", &raw.heartbeat, "a time from `200ms` to `27s`"))?;
         Ok(Self {
             agent_listen: socket("agent_listen", &raw.agent_listen)?,
             admin_listen: socket("admin_listen", &raw.admin_listen)?,
-            public_names: raw.public_names,
+            public_names,
             database: raw.database,
             heartbeat,
             log: raw.log,
+            limits: raw.limits.try_into()?,
         })
     }
+}
+
+/// A name alone, or one with the port of whatever forwards to the manager.
+pub(crate) fn public_name(text: &str) -> Option<(String, Option<u16>)> {
+    if Address::new(text, 1).is_ok() {
+        return Some((text.to_owned(), None));
+    }
+    let address: Address = text.parse().ok()?;
+    Some((address.host().to_owned(), Some(address.port())))
 }
 
 fn default_heartbeat() -> String {
@@ -129,7 +156,8 @@ pub(crate) fn render(
 agent_listen = "{agent}"
 admin_listen = "{admin}"
 
-# Names and addresses under which agents reach this manager; they stand in enrollment tokens.
+# Names and addresses under which agents reach this manager; they stand in enrollment tokens. With a port
+# ("m.example:443", "[2001:db8::1]:443") where something forwards from another one.
 public_names = [{names}]
 
 # The database. Without this line: manager.db in this folder.
@@ -140,7 +168,9 @@ heartbeat = "25s"
 
 # What is logged: error, warn, info, debug, trace, or a tracing filter.
 log = "info"
-"#
+
+{}"#,
+        limits::TEMPLATE
     )
 }
 
@@ -153,7 +183,12 @@ mod tests {
         let text = render(
             "[::]:4433".parse().unwrap(),
             "127.0.0.1:4434".parse().unwrap(),
-            &["m.example".to_owned(), "2001:db8::1".to_owned()],
+            &[
+                "m.example".to_owned(),
+                "2001:db8::1".to_owned(),
+                "f.example:9".to_owned(),
+                "[::1]:8".to_owned(),
+            ],
             None,
         );
         let config = Config::try_from(toml::from_str::<Raw>(&text).unwrap()).unwrap();
@@ -162,13 +197,23 @@ mod tests {
             (Duration::from_secs(25), "info", None)
         );
         let addresses: Vec<String> = config.addresses().iter().map(ToString::to_string).collect();
-        assert_eq!(addresses, ["m.example:4433", "[2001:db8::1]:4433"]);
+        assert_eq!(addresses, ["m.example:4433", "[2001:db8::1]:4433", "f.example:9", "[::1]:8"]);
+        assert_eq!(config.hosts(), ["m.example", "2001:db8::1", "f.example", "::1"]);
+        assert_eq!(config.limits, limits::tests::defaults());
     }
 
     #[test]
     fn wrong_values_are_named() {
         let good = render("[::]:1".parse().unwrap(), "[::]:2".parse().unwrap(), &[], None);
-        for (from, to) in [("25s", "60s"), ("[::]:1", "nowhere"), ("log =", "logg =")] {
+        for (from, to) in [
+            ("25s", "60s"),
+            ("[::]:1", "nowhere"),
+            ("log =", "logg ="),
+            ("names = []", "names = [\"m:0\"]"),
+            ("names = []", "names = [\"a b\"]"),
+            ("# rows_burst = 10000", "rows_burst = 1"),
+        ] {
+            assert!(good.contains(from), "{from}");
             let text = good.replace(from, to);
             assert!(toml::from_str::<Raw>(&text).map_or(true, |raw| Config::try_from(raw).is_err()), "{to}");
         }

@@ -6,6 +6,8 @@ mod cli;
 mod config;
 mod dispatch;
 mod http;
+mod limits;
+mod mitigation;
 mod patterns;
 mod server;
 mod store;

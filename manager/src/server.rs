@@ -25,6 +25,7 @@ use crate::{
         enrollment::Guard,
         intake::Intake,
         listener::{self, Port},
+        meter::Meters,
         registry::Registry,
         session::Shared,
         tls,
@@ -53,8 +54,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let store = Store::open(&url).await?;
     let blobs = Blobs::open(data.join("patterns")).context("cannot open the patterns' folder")?;
     store.forget_sessions(authority.manager).await?;
-    let (agent_tls, admin_tls) =
-        tls::configure(&authority, &config.public_names).context("cannot set up TLS")?;
+    let (agent_tls, admin_tls) = tls::configure(&authority, &config.hosts()).context("cannot set up TLS")?;
     let agents = TcpListener::bind(config.agent_listen)
         .await
         .with_context(|| format!("cannot listen for agents on {}", config.agent_listen))?;
@@ -68,8 +68,9 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let registry = Registry::new(Arc::clone(&nudge));
     let shared = Shared {
         store: store.clone(),
-        intake: Intake::start(store.clone()),
+        intake: Intake::start(store.clone(), &config.limits, ending.clone()),
         registry: registry.clone(),
+        meters: Meters::new(config.limits),
         manager: authority.manager,
         addresses: config.addresses(),
         heartbeat: config.heartbeat,

@@ -8,7 +8,7 @@ use std::{
     fmt::Write as _,
     fs,
     io::{self, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::TcpStream,
     path::PathBuf,
     process::Command,
     sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel},
@@ -83,7 +83,7 @@ impl Demo {
 
     fn manager(&mut self) -> anyhow::Result<()> {
         self.heading("A manager, on free ports of this machine")?;
-        let (agents, admin) = free_ports()?;
+        let (agents, admin) = programs::free_ports()?;
         let data = self.data("manager");
         self.succeed(
             "tm-manager",
@@ -373,13 +373,6 @@ fn line(program: &str, args: &[&str]) -> String {
         if !arg.is_empty() && arg.chars().all(plain) { (*arg).to_owned() } else { format!("'{arg}'") }
     });
     std::iter::once(program.to_owned()).chain(quoted).collect::<Vec<_>>().join(" ")
-}
-
-/// Two free loopback ports. Somebody else may take one before the manager does; then the demo says so.
-fn free_ports() -> anyhow::Result<(SocketAddr, SocketAddr)> {
-    let listen = || TcpListener::bind(("127.0.0.1", 0)).context("cannot listen on loopback");
-    let (one, two) = (listen()?, listen()?);
-    Ok((one.local_addr()?, two.local_addr()?))
 }
 
 /// JSON values one after the other; what is not JSON ends the list.

@@ -1,8 +1,9 @@
-//! Developer commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask man DIR`.
+//! Developer commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask bench`, `cargo xtask man DIR`.
 //!
 //! **Invariant:** nothing is changed outside the target folder and a throwaway folder of its own, except by
 //! `test`, which may install missing tools and says so first.
 
+mod bench;
 mod demo;
 mod manual;
 mod programs;
@@ -34,6 +35,11 @@ enum Command {
         #[arg(long)]
         long: bool,
     },
+    /// Measure what the manager costs, with simulated agents.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
     /// Write the programs' manual pages.
     Man {
         /// The folder to write them to.
@@ -41,10 +47,17 @@ enum Command {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Order one task for every agent and wait for the last acknowledgement.
+    Push(bench::Push),
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo { once } => demo::run(once),
         Command::Test { long } => return test::run(long),
+        Command::Bench { what: Bench::Push(what) } => bench::push(what),
         Command::Man { dir } => manual::write(&dir),
     };
     match done {

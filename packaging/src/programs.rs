@@ -6,6 +6,7 @@ use std::{
     env,
     ffi::OsStr,
     fs::{self, File},
+    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -48,6 +49,13 @@ pub(crate) fn path(name: &str) -> anyhow::Result<PathBuf> {
     let beside = env::current_exe().context("cannot tell where this program is")?.with_file_name(name);
     ensure!(beside.is_file(), "`{}` is not there; was it built?", beside.display());
     Ok(beside)
+}
+
+/// Two free loopback ports. Somebody else may take one before the manager does; then it says so.
+pub(crate) fn free_ports() -> anyhow::Result<(SocketAddr, SocketAddr)> {
+    let listen = || TcpListener::bind(("127.0.0.1", 0)).context("cannot listen on loopback");
+    let (one, two) = (listen()?, listen()?);
+    Ok((one.local_addr()?, two.local_addr()?))
 }
 
 /// A program that runs in the background until this value is dropped.

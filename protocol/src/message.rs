@@ -202,6 +202,26 @@ pub struct Report {
     pub body: ReportBody,
 }
 
+impl Report {
+    /// Most [`Report::weight`] that a manager accepts: one report must not hold everybody else's up.
+    pub const MAX_WEIGHT: usize = 512;
+
+    /// How much there is to store: one for the report itself, and one for each detection, item, detection
+    /// that an item settles, and vault entry in it.
+    pub fn weight(&self) -> usize {
+        1 + match &self.body {
+            ReportBody::Accepted { .. }
+            | ReportBody::Started { .. }
+            | ReportBody::Refused { .. }
+            | ReportBody::Finished { .. }
+            | ReportBody::Lost { .. } => 0,
+            ReportBody::Detections { detections, .. } => detections.len(),
+            ReportBody::Items { items, .. } => items.iter().map(|item| 1 + item.detections.len()).sum(),
+            ReportBody::Vault { items, .. } => items.len(),
+        }
+    }
+}
+
 /// What a report says. Variants are only ever added at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum ReportBody {
@@ -226,7 +246,7 @@ pub enum ReportBody {
     Detections {
         /// Which scan.
         task: TaskId,
-        /// At most what fits one frame.
+        /// At most what fits one frame and [`Report::MAX_WEIGHT`].
         detections: Vec<Detection>,
     },
     /// The task has ended.
@@ -241,20 +261,20 @@ pub enum ReportBody {
     Items {
         /// Which task.
         task: TaskId,
-        /// At most what fits one frame.
+        /// At most what fits one frame and [`Report::MAX_WEIGHT`].
         items: Vec<ItemReport>,
     },
     /// A part of what the vault holds: after a start, and when it changed outside of any task.
     Vault {
         /// The first part of a listing, which takes the place of everything known before.
         first: bool,
-        /// At most what fits one frame.
+        /// At most what fits one frame and [`Report::MAX_WEIGHT`].
         items: Vec<VaultEntry>,
     },
-    /// The `count` reports before this number were lost on the endpoint (a damaged journal). Their numbers
-    /// are skipped: this one follows `sequence - count - 1`.
+    /// The report of this number and the `count` before it were lost on the endpoint (a damaged journal): it
+    /// follows `sequence - count - 1`.
     Lost {
-        /// How many.
+        /// How many besides this one.
         count: u64,
     },
 }

@@ -145,8 +145,9 @@ pub struct ItemReport {
     pub failure: Option<Failure>,
     /// What an administrator should know besides, at most [`ItemReport::MAX_NOTES`]. Codes: `container` (a
     /// member matched, the whole container was taken), `other-links` (other names of the same file remain),
-    /// `reinstall` (the package to reinstall), `set-id-withheld` (set-user-id was not restored),
-    /// `metadata` (a part of the metadata could not be restored), `likely-false-positive`.
+    /// `reinstall` (the package to reinstall), `package` (the package it belongs to, which tells no checksum),
+    /// `set-id-withheld` (set-user-id was not restored), `metadata` (a part of the metadata could not be
+    /// restored), `likely-false-positive`.
     pub notes: Vec<Failure>,
 }
 

@@ -2,14 +2,18 @@
 //!
 //! Every test has a control: it shows first that what it will find missing would have been seen.
 
+mod cleanup;
 mod enroll;
 mod hostile;
+mod link;
 mod names;
 mod roles;
 mod scan;
 mod session;
 mod skeleton;
 mod standalone;
+mod tasks;
+mod tmctl;
 mod vault;
 
 use std::collections::BTreeSet;

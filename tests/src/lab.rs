@@ -16,7 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    Output, PATIENCE, bin,
+    FaultProxy, Output, PATIENCE, bin,
     output::rows,
     process::Process,
     raw::{self, Identity, Raw},
@@ -53,9 +53,24 @@ impl Lab {
     /// # Panics
     /// If it does not come up.
     pub fn start() -> Self {
+        Self::prepare().started()
+    }
+
+    /// The same with a proxy before the agents' port, which is the address that agents are told.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_behind_proxy() -> (Self, FaultProxy) {
+        let lab = Self::prepare();
+        let proxy = FaultProxy::start(lab.agent_port);
+        lab.set("public_names", &format!("[\"{}\"]", proxy.address()));
+        (lab.started(), proxy)
+    }
+
+    fn prepare() -> Self {
         let folder = tempfile::Builder::new().prefix("tm-test-").tempdir().expect("temporary folders work");
         let (agent_port, admin_port) = free_ports();
-        let mut lab = Self { manager: None, folder, agents: AtomicU32::new(0), agent_port, admin_port };
+        let lab = Self { manager: None, folder, agents: AtomicU32::new(0), agent_port, admin_port };
         let init = Command::new(bin("tm-manager"))
             .args(["init", "--public-name", "127.0.0.1", "--agent-listen", &agent_port.to_string()])
             .args(["--admin-listen", &admin_port.to_string(), "--data"])
@@ -64,8 +79,12 @@ impl Lab {
             .expect("programs can be run");
         Output::from(init).expect(0);
         lab.set("heartbeat", "\"1s\"");
-        lab.serve();
         lab
+    }
+
+    fn started(mut self) -> Self {
+        self.serve();
+        self
     }
 
     /// Sets a top-level key of `manager.toml`; takes effect at the next start of the manager.
@@ -356,6 +375,25 @@ impl Agent {
     pub fn run(&mut self) {
         let mut command = Command::new(bin("tm-agent"));
         command.args(["run", "--data"]).arg(&self.data);
+        self.process = Some(Process::start(&mut command, &self.log));
+    }
+
+    /// Runs it with a wall clock that is as far off as the file `control` says (`+1d`, `-365d`); the clock that
+    /// counts from boot is the real one.
+    ///
+    /// # Panics
+    /// If libfaketime is not installed (`cargo xtask test` installs it).
+    pub fn run_with_clock(&mut self, control: &Path) {
+        let libraries = fs::read_dir("/usr/lib").expect("there are libraries");
+        let faketime = libraries
+            .filter_map(|entry| Some(entry.ok()?.path().join("faketime/libfaketime.so.1")))
+            .find(|path| path.is_file())
+            .expect("libfaketime is installed");
+        let mut command = Command::new(bin("tm-agent"));
+        command.args(["run", "--data"]).arg(&self.data);
+        command.env("LD_PRELOAD", faketime).env("FAKETIME_TIMESTAMP_FILE", control);
+        command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1").env("DONT_FAKE_MONOTONIC", "1");
+        command.env("FAKETIME_NO_CACHE", "1");
         self.process = Some(Process::start(&mut command, &self.log));
     }
 

@@ -6,14 +6,18 @@
 //! **Invariant:** only processes started here are ended here, each through its own handle, and folders are
 //! removed with the value that owns them.
 
+pub mod fault_proxy;
 pub mod lab;
 pub mod output;
 pub mod process;
 pub mod raw;
 pub mod samples;
+pub mod sim_agent;
 pub mod standalone;
 pub mod strace;
+pub mod tmpfs;
 pub mod vault;
+pub mod wire;
 
 use std::{
     env,
@@ -22,6 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use fault_proxy::FaultProxy;
 pub use lab::{Agent, Lab};
 pub use output::Output;
 

@@ -150,24 +150,12 @@ impl Raw {
     /// # Errors
     /// If there is no connection, or the handshake is refused while it lasts.
     pub fn connect(address: SocketAddr, alpn: &[u8], identity: Option<&Identity>) -> io::Result<Self> {
-        let provider = Arc::new(aws_lc_rs::default_provider());
-        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(io::Error::other)?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Gullible(provider)));
-        let mut config = match identity.map(Identity::copy) {
-            Some(Identity { chain, key }) => {
-                builder.with_client_auth_cert(chain, key).map_err(io::Error::other)?
-            }
-            None => builder.with_no_client_auth(),
-        };
-        config.alpn_protocols = vec![alpn.to_vec()];
+        let config = client_config(alpn, identity)?;
         let tcp = TcpStream::connect(address)?;
         tcp.set_read_timeout(Some(READ))?;
         tcp.set_write_timeout(Some(READ))?;
         let name = ServerName::from(address.ip());
-        let connection = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
+        let connection = ClientConnection::new(config, name).map_err(io::Error::other)?;
         let mut stream = StreamOwned::new(connection, tcp);
         while stream.conn.is_handshaking() {
             stream.conn.complete_io(&mut stream.sock)?;
@@ -243,6 +231,27 @@ impl Raw {
 
 fn is_patience(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+}
+
+/// TLS that believes every server.
+///
+/// # Errors
+/// If the identity's certificate and key do not belong together.
+pub(crate) fn client_config(alpn: &[u8], identity: Option<&Identity>) -> io::Result<Arc<ClientConfig>> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(io::Error::other)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Gullible(provider)));
+    let mut config = match identity.map(Identity::copy) {
+        Some(Identity { chain, key }) => {
+            builder.with_client_auth_cert(chain, key).map_err(io::Error::other)?
+        }
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![alpn.to_vec()];
+    Ok(Arc::new(config))
 }
 
 /// A proper first message.

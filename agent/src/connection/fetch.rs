@@ -6,7 +6,7 @@ use std::{fs, sync::Arc, time::Duration};
 
 use rustls::ClientConfig;
 use tm_patterns::{MAX_SIZE, Pattern};
-use tm_protocol::{address::Address, report::Failure, task::PatternRef};
+use tm_protocol::{address::Address, ids::Sha256, report::Failure, task::PatternRef};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     time::timeout,
@@ -26,15 +26,13 @@ const MAX_LINES: usize = 64;
 /// The pattern that `wanted` names: from the folder, or else from the manager.
 pub(crate) async fn pattern(
     paths: &Paths,
-    address: &Address,
+    address: Option<&Address>,
     config: &Arc<ClientConfig>,
     wanted: &PatternRef,
 ) -> Result<Pattern, Failure> {
     let failed = |why: String| {
-        Failure::new(
-            "pattern-fetch-failed",
-            format!("cannot fetch pattern `{}` from {address}: {why}", wanted.name),
-        )
+        let from = address.map(|address| format!(" from {address}")).unwrap_or_default();
+        Failure::new("pattern-fetch-failed", format!("cannot fetch pattern `{}`{from}: {why}", wanted.name))
     };
     let kept = paths.patterns().join(wanted.sha256.to_string());
     // A kept file that was changed is no longer what its name says, and is fetched again.
@@ -43,6 +41,7 @@ pub(crate) async fn pattern(
     }
     let length = usize::try_from(wanted.size).ok().filter(|size| *size <= MAX_SIZE);
     let length = length.ok_or_else(|| failed(format!("{} bytes are too many", wanted.size)))?;
+    let address = address.ok_or_else(|| failed("no manager's address is known".to_owned()))?;
     let bytes = match timeout(TRANSFER, get(address, config, wanted, length)).await {
         Ok(Ok(bytes)) => bytes,
         Ok(Err(why)) => return Err(failed(why)),
@@ -53,6 +52,13 @@ pub(crate) async fn pattern(
         Failure::new("pattern-not-kept", format!("cannot keep pattern `{}`: {error}", wanted.name))
     })?;
     Ok(pattern)
+}
+
+/// A pattern that was fetched before and is kept whole; `None` if it is not.
+pub(crate) fn kept(paths: &Paths, sha256: Sha256) -> Option<Pattern> {
+    let bytes = fs::read(paths.patterns().join(sha256.to_string())).ok()?;
+    let size = u64::try_from(bytes.len()).ok()?;
+    Pattern::verified(&PatternRef { sha256, size, name: sha256.to_string() }, bytes).ok()
 }
 
 async fn get(

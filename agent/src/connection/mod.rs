@@ -46,6 +46,8 @@ pub(crate) enum ConnectError {
     Frame(#[source] FrameError),
     #[error("the manager broke the protocol: {0}")]
     Protocol(&'static str),
+    #[error("the agent begins another session")]
+    Anew,
 }
 
 impl ConnectError {
@@ -57,6 +59,7 @@ impl ConnectError {
             Self::Handshake(_) => "handshake-failed",
             Self::Broken(_) => "link-broken",
             Self::Closed => "link-closed",
+            Self::Anew => "link-renewed",
             Self::Timeout => "link-silent",
             Self::Frame(_) | Self::Protocol(_) => "protocol",
         }

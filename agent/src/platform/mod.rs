@@ -2,5 +2,7 @@
 
 pub(crate) mod attributes;
 pub(crate) mod create;
+pub(crate) mod critical;
 pub(crate) mod facts;
 pub(crate) mod fs;
+pub(crate) mod packages;

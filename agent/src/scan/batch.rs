@@ -5,6 +5,8 @@
 
 use tm_protocol::report::Detection;
 
+use crate::platform::fs::Object;
+
 /// Most detections in one piece.
 pub(crate) const MAX_COUNT: usize = 64;
 /// Most bytes in one piece: half of the largest frame.
@@ -17,13 +19,17 @@ const FIXED: usize = 128;
 /// Detections that wait to be sent.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
-    waiting: Vec<Detection>,
+    waiting: Vec<(Detection, Object)>,
     bytes: usize,
 }
 
 impl Batch {
     /// Adds one; what waited comes out if it and the new one do not fit together.
-    pub(crate) fn push(&mut self, mut detection: Detection) -> Option<Vec<Detection>> {
+    pub(crate) fn push(
+        &mut self,
+        mut detection: Detection,
+        object: Object,
+    ) -> Option<Vec<(Detection, Object)>> {
         if size(&detection) > MAX_BYTES {
             cut(&mut detection);
         }
@@ -31,12 +37,12 @@ impl Batch {
         let full = self.waiting.len() >= MAX_COUNT || self.bytes.saturating_add(size) > MAX_BYTES;
         let out = full.then(|| self.take()).flatten();
         self.bytes = self.bytes.saturating_add(size);
-        self.waiting.push(detection);
+        self.waiting.push((detection, object));
         out
     }
 
     /// Takes what waits; `None` if nothing does.
-    pub(crate) fn take(&mut self) -> Option<Vec<Detection>> {
+    pub(crate) fn take(&mut self) -> Option<Vec<(Detection, Object)>> {
         self.bytes = 0;
         let waiting = std::mem::take(&mut self.waiting);
         (!waiting.is_empty()).then_some(waiting)
@@ -70,6 +76,8 @@ mod tests {
 
     use super::*;
 
+    const OBJECT: Object = Object { device: 1, inode: 2 };
+
     fn detection(path: usize, members: &[usize], rule: usize) -> Detection {
         Detection {
             path: PathBytes(vec![b'p'; path]),
@@ -92,13 +100,13 @@ mod tests {
             (few, detection(200_000, &[10; 20_000], 100_000)),
         ] {
             let mut batch = Batch::default();
-            let mut pieces: Vec<Vec<Detection>> =
-                (0..count).filter_map(|_| batch.push(one.clone())).collect();
+            let mut pieces: Vec<Vec<(Detection, Object)>> =
+                (0..count).filter_map(|_| batch.push(one.clone(), OBJECT)).collect();
             pieces.extend(batch.take());
             assert_eq!(pieces.iter().map(Vec::len).sum::<usize>(), count);
             for piece in &pieces {
                 assert!(piece.len() <= MAX_COUNT);
-                assert!(piece.iter().map(size).sum::<usize>() <= MAX_BYTES);
+                assert!(piece.iter().map(|(detection, _)| size(detection)).sum::<usize>() <= MAX_BYTES);
             }
             assert_eq!(batch.take(), None);
         }
@@ -108,7 +116,7 @@ mod tests {
     fn what_fits_is_not_cut() {
         let one = detection(60_000, &[3000, 3000], 100);
         let mut batch = Batch::default();
-        assert_eq!(batch.push(one.clone()), None);
-        assert_eq!(batch.take(), Some(vec![one]));
+        assert_eq!(batch.push(one.clone(), OBJECT), None);
+        assert_eq!(batch.take(), Some(vec![(one, OBJECT)]));
     }
 }

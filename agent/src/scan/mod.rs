@@ -29,7 +29,10 @@ use tm_scanner::{
     pool::{PoolOptions, ScanPool, StartError, WorkerProgram},
 };
 
-use crate::scan::{batch::Batch, walk::Found};
+use crate::{
+    platform::fs::Object,
+    scan::{batch::Batch, walk::Found},
+};
 
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -66,8 +69,8 @@ pub(crate) fn all_cores() -> usize {
 /// What a scan tells on its way.
 #[derive(Debug)]
 pub(crate) enum Update {
-    /// Something matched: at most 64 detections and about 128 KiB at a time.
-    Detections(Vec<Detection>),
+    /// Something matched, in these objects on disk: at most 64 detections and about 128 KiB at a time.
+    Detections(Vec<(Detection, Object)>),
     /// How far it has come; at most once a second.
     Progress {
         /// Files looked at.
@@ -96,8 +99,8 @@ pub(crate) fn run(
     let coverage = run_with(
         order,
         &mut |event| match event {
-            Event::Detection(detection) => {
-                if let Some(full) = batch.push(detection.clone()) {
+            Event::Detection(detection, object) => {
+                if let Some(full) = batch.push(detection.clone(), object) {
                     sink(Update::Detections(full));
                 }
             }
@@ -174,8 +177,8 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// What happens during a scan.
 enum Event<'a> {
-    /// Something matched.
-    Detection(&'a Detection),
+    /// Something matched, in this object on disk.
+    Detection(&'a Detection, Object),
     /// Something was not looked at.
     Skipped(&'a Skipped),
     /// A second has passed.
@@ -203,8 +206,8 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
             let stopped = || cancel.load(Ordering::Relaxed) || given_up.load(Ordering::Relaxed);
             for path in &order.paths {
                 walk::walk(path, &stopped, &mut |found| match found {
-                    Found::File { path, file } => {
-                        let id = ledger.lock().hand_over(path);
+                    Found::File { path, file, object } => {
+                        let id = ledger.lock().hand_over(path, object);
                         pool.submit(Item { id, file });
                     }
                     Found::Skipped(skipped) => ledger.lock().skip(skipped),
@@ -258,8 +261,8 @@ struct Books<'a> {
     observe: Observer<'a>,
     coverage: Coverage,
     next_id: u64,
-    /// Paths of the files that the worker has. As many as its queue holds.
-    in_hand: HashMap<u64, PathBytes>,
+    /// The files that the worker has. As many as its queue holds.
+    in_hand: HashMap<u64, (PathBytes, Object)>,
 }
 
 impl<'a> Ledger<'a> {
@@ -276,7 +279,7 @@ impl<'a> Ledger<'a> {
     fn close(self, is_cancelled: bool) -> Coverage {
         let mut books = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         if !is_cancelled {
-            for path in std::mem::take(&mut books.in_hand).into_values() {
+            for (path, _) in std::mem::take(&mut books.in_hand).into_values() {
                 books.skip(Skipped { path, member: vec![], reason: SkipReason::WorkerDied });
             }
         }
@@ -286,17 +289,17 @@ impl<'a> Ledger<'a> {
 
 impl Books<'_> {
     /// Notes a file that goes to the worker and gives it a number.
-    fn hand_over(&mut self, path: PathBytes) -> u64 {
+    fn hand_over(&mut self, path: PathBytes, object: Object) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
-        self.in_hand.insert(id, path);
+        self.in_hand.insert(id, (path, object));
         id
     }
 
     /// Enters what the worker says of a file. An answer to no question is dropped: a worker that has been
     /// taken over by a file must not be able to invent results for others.
     fn take(&mut self, id: u64, findings: Findings) {
-        let Some(path) = self.in_hand.remove(&id) else { return };
+        let Some((path, object)) = self.in_hand.remove(&id) else { return };
         if was_read(&findings, &self.limits) {
             self.coverage.files += 1;
             self.coverage.bytes = self.coverage.bytes.saturating_add(findings.size);
@@ -313,14 +316,15 @@ impl Books<'_> {
         };
         for found in findings.matches {
             self.coverage.detections += 1;
-            (self.observe)(Event::Detection(&Detection {
+            let detection = Detection {
                 path: path.clone(),
                 member: found.member,
                 pattern: found.pattern,
                 rule: found.rule,
                 sha256,
                 size: findings.size,
-            }));
+            };
+            (self.observe)(Event::Detection(&detection, object));
         }
     }
 
@@ -443,11 +447,11 @@ mod tests {
         ] {
             let mut seen = 0;
             let mut observe = |event: Event<'_>| match event {
-                Event::Detection(_) => seen += 1,
+                Event::Detection(..) => seen += 1,
                 Event::Skipped(_) | Event::Tick(_) => {}
             };
             let ledger = Ledger::new(limits, &mut observe);
-            let id = ledger.lock().hand_over(PathBytes::from(&b"/f"[..]));
+            let id = ledger.lock().hand_over(PathBytes::from(&b"/f"[..]), Object { device: 1, inode: 2 });
             ledger.lock().take(id, findings.clone());
             ledger.lock().take(id, findings.clone());
             ledger.lock().take(99, findings.clone());
@@ -467,7 +471,7 @@ mod tests {
         for (is_cancelled, expected) in [(false, 1), (true, 0)] {
             let mut observe = |_: Event<'_>| {};
             let ledger = Ledger::new(ScanLimits::default(), &mut observe);
-            ledger.lock().hand_over(PathBytes::from(&b"/f"[..]));
+            ledger.lock().hand_over(PathBytes::from(&b"/f"[..]), Object { device: 1, inode: 2 });
             let coverage = ledger.close(is_cancelled);
             assert_eq!(coverage.skipped.get(&SkipReason::WorkerDied).copied().unwrap_or(0), expected);
         }

@@ -13,7 +13,7 @@ use rustix::{
 };
 use tm_protocol::report::{PathBytes, SkipReason, Skipped};
 
-use crate::platform::fs::{self, Facts, Kind, OpenError, Place, Residence};
+use crate::platform::fs::{self, Facts, Kind, Object, OpenError, Place, Residence};
 
 /// How many folders deep a walk goes below a path; what lies deeper is named as `limit`. Together with the
 /// files in the pool's hands this stays below the 1024 descriptors that a process has by default.
@@ -28,6 +28,8 @@ pub(crate) enum Found {
         path: PathBytes,
         /// Opened for reading.
         file: OwnedFd,
+        /// What was opened.
+        object: Object,
     },
     /// Something that is not looked at.
     Skipped(Skipped),
@@ -131,7 +133,7 @@ impl Walk<'_> {
         }
         match facts.kind {
             Kind::Folder => self.enter(place.open_folder(&facts)),
-            Kind::Regular => self.file(place.open_regular(&facts)),
+            Kind::Regular => self.file(place.open_regular(&facts), facts.object()),
             Kind::Symlink => self.skip(SkipReason::Symlink),
             Kind::Special => self.skip(SkipReason::Special),
         }
@@ -171,7 +173,7 @@ impl Walk<'_> {
             }
             Kind::Regular => {
                 let opened = fs::open_regular_at(folder_fd, name, &facts);
-                self.file(opened);
+                self.file(opened, facts.object());
             }
         }
     }
@@ -183,9 +185,9 @@ impl Walk<'_> {
         }
     }
 
-    fn file(&mut self, opened: Result<OwnedFd, OpenError>) {
+    fn file(&mut self, opened: Result<OwnedFd, OpenError>, object: Object) {
         match opened {
-            Ok(file) => (self.visit)(Found::File { path: PathBytes(self.path.clone()), file }),
+            Ok(file) => (self.visit)(Found::File { path: PathBytes(self.path.clone()), file, object }),
             Err(error) => self.not_opened(error),
         }
     }
@@ -383,7 +385,7 @@ mod tests {
                 Found::Skipped(skipped) => reasons.push(skipped.reason),
             };
             let mut walk = Walk { path: b"file".to_vec(), folders: vec![], visit: &mut visit };
-            walk.file(fs::open_regular_at(&root, c"file", &facts));
+            walk.file(fs::open_regular_at(&root, c"file", &facts), facts.object());
             assert_eq!(reasons, expected);
         }
     }

@@ -2,28 +2,68 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use futures_util::FutureExt as _;
 use rustls::ClientConfig;
+use tm_patterns::Pattern;
 use tm_protocol::{
     address::Address,
-    ids::TaskId,
+    ids::{Sha256, TaskId},
     message::{Outcome, Progress},
-    report::{Detection, Failure},
-    task::{ScanSpec, TaskSpec},
+    report::{Failure, ItemReport, VaultEntry},
+    task::{PatternRef, RestoreSpec, ScanSpec},
 };
-use tokio::sync::mpsc::Sender;
+use tokio::{sync::mpsc::Sender, time::sleep};
 
-use crate::{connection::fetch, paths::Paths, scan};
+use super::{
+    care::Shown,
+    journal::record::{Boot, Found},
+    treat,
+};
+use crate::{connection::fetch, paths::Paths, scan, vault};
+
+/// How soon a wait notices that it is called off.
+const NOTICE: Duration = Duration::from_millis(50);
 
 /// What a running task tells.
 #[derive(Debug)]
 pub(crate) enum Told {
-    Detections(TaskId, Vec<Detection>),
+    Detected(TaskId, Vec<Found>),
+    Treated(TaskId, Vec<ItemReport>),
     Progress(Progress),
     Finished(TaskId, Outcome),
+    /// A part of what the vault holds.
+    Vault {
+        first: bool,
+        items: Vec<VaultEntry>,
+    },
+    /// Something that the manager should know.
+    Notice {
+        code: &'static str,
+        message: String,
+        count: u64,
+    },
+}
+
+/// What there is to do.
+#[derive(Debug)]
+pub(crate) enum Work {
+    Scan(ScanSpec),
+    /// Detections by key, each as this agent noted it; `None` if it never did.
+    Cleanup {
+        noted: Result<Vec<(Sha256, Option<Found>)>, Failure>,
+        dry_run: bool,
+    },
+    Restore {
+        spec: RestoreSpec,
+        resumed: bool,
+    },
 }
 
 /// What a task needs of the agent.
@@ -31,58 +71,101 @@ pub(crate) enum Told {
 pub(crate) struct Context {
     pub(crate) paths: Paths,
     /// The manager that patterns are fetched from.
-    pub(crate) manager: Address,
+    pub(crate) manager: Option<Address>,
     pub(crate) bulk: Arc<ClientConfig>,
     /// Bounded: a task that is ahead of the link waits.
     pub(crate) tell: Sender<Told>,
+    pub(crate) boot: Boot,
+    pub(crate) vault: vault::Limits,
+    /// The vault as the manager was last told of it.
+    pub(crate) shown: Shown,
 }
 
 /// Carries the task out and tells its end, whatever happens in it.
-pub(crate) async fn run(task: TaskId, spec: TaskSpec, context: Context, cancel: Arc<AtomicBool>) {
+pub(crate) async fn run(task: TaskId, work: Work, context: Context, cancel: Arc<AtomicBool>) {
     let tell = context.tell.clone();
     let work = async {
-        match spec {
-            TaskSpec::Scan(spec) => scan(task, spec, context, cancel).await,
-            TaskSpec::Cleanup(_) | TaskSpec::Restore(_) => {
-                Outcome::Failed(Failure::new("unsupported", "this agent cannot do that"))
+        match work {
+            Work::Scan(spec) => scan(task, spec, context, cancel).await,
+            Work::Cleanup { noted, dry_run } => match noted {
+                Ok(noted) => blocking(move || treat::cleanup(task, noted, dry_run, &context, &cancel))
+                    .await
+                    .unwrap_or_else(Outcome::Failed),
+                Err(failure) => Outcome::Failed(failure),
+            },
+            Work::Restore { spec, resumed } => {
+                blocking(move || treat::restore(task, &spec, resumed, &context, &cancel))
+                    .await
+                    .unwrap_or_else(Outcome::Failed)
             }
         }
     };
     // A fault in a task ends the task, never the agent, and is told like any other end.
-    let outcome = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| {
-        Outcome::Failed(Failure::new("internal", "the task stopped on a fault of the agent"))
-    });
-    // It fails only when the agent is ending; the manager then hands the task out again.
+    let outcome = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| Outcome::Failed(fault()));
+    // It fails only when the agent is ending; the task then goes on after the next start.
     let _ = tell.send(Told::Finished(task, outcome)).await;
 }
 
+fn fault() -> Failure {
+    Failure::new("internal", "the task stopped on a fault of the agent")
+}
+
 async fn scan(task: TaskId, spec: ScanSpec, context: Context, cancel: Arc<AtomicBool>) -> Outcome {
-    let mut patterns = Vec::new();
-    for wanted in &spec.patterns {
-        match fetch::pattern(&context.paths, &context.manager, &context.bulk, wanted).await {
-            Ok(pattern) => patterns.push(pattern),
-            Err(failure) => return Outcome::Failed(failure),
-        }
-    }
+    let patterns = match patterns(&spec.patterns, &context, &cancel).await {
+        Ok(patterns) => patterns,
+        Err(failure) => return Outcome::Failed(failure),
+    };
     let order = scan::Order::new(spec.paths, patterns, spec.limits);
-    let tell = context.tell;
+    let (tell, boot) = (context.tell, context.boot);
     let work = move || {
         let sink = |update| {
             let told = match update {
-                scan::Update::Detections(detections) => Told::Detections(task, detections),
+                scan::Update::Detections(detections) => {
+                    let found = |(detection, object)| Found::new(detection, object, boot);
+                    Told::Detected(task, detections.into_iter().map(found).collect())
+                }
                 scan::Update::Progress { files, bytes, detections, skipped } => {
                     Told::Progress(Progress { task, files, bytes, detections, skipped })
                 }
             };
             let _ = tell.blocking_send(told);
         };
-        catch_unwind(AssertUnwindSafe(|| scan::run(order, sink, &cancel)))
+        scan::run(order, sink, &cancel)
     };
+    match blocking(work).await {
+        Ok(Ok(coverage)) => Outcome::Scanned(coverage),
+        Ok(Err(failure)) | Err(failure) => Outcome::Failed(failure),
+    }
+}
+
+/// Patterns by digest, from the folder or from the manager.
+async fn patterns(
+    wanted: &[PatternRef],
+    context: &Context,
+    cancel: &AtomicBool,
+) -> Result<Vec<Pattern>, Failure> {
+    let mut patterns = Vec::new();
+    for wanted in wanted {
+        let fetched = fetch::pattern(&context.paths, context.manager.as_ref(), &context.bulk, wanted);
+        patterns.push(tokio::select! {
+            fetched = fetched => fetched?,
+            () = called_off(cancel) => return Err(Failure::new("cancelled", "the task was called off")),
+        });
+    }
+    Ok(patterns)
+}
+
+async fn called_off(cancel: &AtomicBool) {
+    while !cancel.load(Ordering::Acquire) {
+        sleep(NOTICE).await;
+    }
+}
+
+/// Runs what blocks, and turns a panic in it into a failure.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
+    let work = move || catch_unwind(AssertUnwindSafe(work));
     match tokio::task::spawn_blocking(work).await {
-        Ok(Ok(Ok(coverage))) => Outcome::Scanned(coverage),
-        Ok(Ok(Err(failure))) => Outcome::Failed(failure),
-        Ok(Err(_)) | Err(_) => {
-            Outcome::Failed(Failure::new("internal", "the scan stopped on a fault of the agent"))
-        }
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(_)) | Err(_) => Err(fault()),
     }
 }

@@ -1,82 +1,172 @@
-//! What becomes of orders: pure, so that every sequence of events can be tried.
+//! What becomes of orders: pure, so that every sequence of events and every crash can be tried.
 //!
-//! Reports are numbered from 1 without a gap in a stream that begins with the process, and are kept until
-//! the manager has stored them. Until the agent has a journal on disk both live in memory: a restarted agent
-//! begins a new stream, and its manager hands unfinished tasks out again.
+//! Reports are numbered from 1 without a gap in a stream, and are kept in the [`journal`] until the manager
+//! has stored them; notices are numbered in a lane of their own, and are dropped, and counted, where there
+//! is no room for them. Times are those of a clock that counts suspend and never jumps.
 //!
-//! **Invariant:** a task is begun once and ends in exactly one final report.
-//! **Invariant:** at most [`MAX_UNSTORED`] reports wait; beyond that no further task is begun, and the one
-//! that runs is held up by its own blocked findings.
+//! **Invariant:** a task that was accepted ends in exactly one final report, whatever happens between.
+//! **Invariant:** at most one task that changes the endpoint is carried out at a time, and at most
+//! [`MAX_READING`] that only read.
+//! **Invariant:** what is to be sent is to be persisted first: effects are performed in order.
 
+pub(crate) mod care;
+pub(crate) mod desk;
 pub(crate) mod execute;
+pub(crate) mod journal;
+pub(crate) mod lane;
+#[cfg(test)]
+mod model;
+mod treat;
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
+use bytes::BytesMut;
 use tm_protocol::{
-    ids::{EndpointId, TaskId},
-    message::{Assign, Cancel, Outcome, Report, ReportBody, ToManager},
-    report::{Detection, Failure},
-    task::{ScanSpec, TaskSpec},
+    ids::{EndpointId, StreamId, TaskId},
+    message::{Assign, Cancel, Notices, Outcome, Report, ReportBody, ToAgent},
+    report::{Failure, ItemReport, Notice, VaultEntry},
+    task::{CleanupSpec, RestoreSpec, ScanSpec, TaskSpec},
 };
 
-/// Reports that may wait for the manager.
-pub(crate) const MAX_UNSTORED: usize = 10_000;
-/// Orders that may wait behind the one that runs; more are refused.
+use self::{
+    journal::{
+        Held, Outbox, encode_report,
+        record::{Boot, Due, Found, Record},
+    },
+    lane::{GoneBack, Lane, Next},
+};
+
+/// Bytes of reports that may wait for the manager; beyond it no task is begun, and who finds more waits.
+pub(crate) const MAX_REPORTS: u64 = 64 << 20;
+/// Bytes of notices that may wait for the manager; beyond it they are dropped and counted.
+const MAX_NOTICES: u64 = 1 << 20;
+/// Orders that may wait; more are refused.
 const MAX_WAITING: usize = 1000;
+/// Tasks that only read and are carried out at the same time.
+const MAX_READING: usize = 2;
+/// Tasks that were told to stop and have not, and for which no other waits any more.
+const MAX_ABANDONED: usize = 8;
+/// How often a task is begun that never comes to an end before the agent does.
+const MAX_ATTEMPTS: u32 = 25;
+/// Ended tasks that are remembered.
+const MAX_ENDED: usize = 20_000;
+/// The shortest time for which an ended task is remembered, in milliseconds.
+const REMEMBER_MS: u64 = 3_600_000;
+/// How long a task that is called off may take to say what it has done, in milliseconds.
+const CANCEL_MS: u64 = 1_500;
+/// The same at its deadline.
+const DEADLINE_MS: u64 = 10_000;
 
 /// Something that happened.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Event {
     Assigned(Assign),
     Cancelled(Cancel),
-    /// The running task found something.
-    Detections(TaskId, Vec<Detection>),
-    /// The running task has ended.
+    /// A running task found something.
+    Detected(TaskId, Vec<Found>),
+    /// A running task has done, or not done, something.
+    Treated(TaskId, Vec<ItemReport>),
+    /// A running task has ended.
     Finished(TaskId, Outcome),
-    /// A session stands; the manager holds reports up to here.
-    Connected {
-        stored_through: u64,
+    /// What the vault holds has changed outside of a task.
+    Vault {
+        first: bool,
+        items: Vec<VaultEntry>,
     },
-    Stored {
+    /// Something that the manager should know.
+    Notice {
+        code: &'static str,
+        message: String,
+        count: u64,
+    },
+    /// A session stands; the manager holds reports and notices up to here.
+    Connected {
+        reports: u64,
+        notices: u64,
+    },
+    /// The session is over.
+    Disconnected,
+    ReportsStored {
         through: u64,
+    },
+    NoticesStored {
+        through: u64,
+    },
+    /// The content of a report turned out to be unreadable.
+    Unreadable {
+        sequence: u64,
     },
     /// Time has passed.
     Tick,
 }
 
 /// What is to be done about it, in this order.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Effect {
-    Send(ToManager),
-    Start(TaskId, TaskSpec),
+    /// Write this down, durably.
+    Persist(Record),
+    /// Send the report of this number.
+    SendReport(u64),
+    /// Say that `count` reports up to `through` are lost.
+    SendLost { through: u64, count: u64 },
+    /// Send `count` notices from `first` on.
+    SendNotices { first: u64, count: usize },
+    /// Carry a task out; `resumed` if it was begun before.
+    Start { task: TaskId, spec: TaskSpec, resumed: bool },
     /// The running task must end soon.
     Stop(TaskId),
+    /// The manager knows more of the stream than this agent: begin another.
+    Restream,
+    /// Nothing has to be remembered of this task any more.
+    Forget(TaskId),
 }
 
 /// Every order this agent knows of, and what it still owes the manager.
 #[derive(Debug)]
 pub(crate) struct Tasks {
     endpoint: EndpointId,
-    known: HashSet<TaskId>,
+    boot: Boot,
+    stream: StreamId,
+    epoch: u32,
     waiting: VecDeque<Waiting>,
-    running: Option<Running>,
-    next: u64,
-    unstored: VecDeque<Report>,
+    running: BTreeMap<TaskId, Running>,
+    /// Told to stop, reported as ended, and still at it. The flag: it changes the endpoint.
+    abandoned: BTreeMap<TaskId, bool>,
+    ended: HashMap<TaskId, Ended>,
+    ended_order: VecDeque<TaskId>,
+    reports: Lane,
+    notices: Lane,
+    /// Notices that found no room.
+    dropped: u64,
+    connected: bool,
 }
 
 #[derive(Debug)]
 struct Waiting {
     task: TaskId,
     spec: TaskSpec,
-    expires_ms: u64,
+    /// When it expires, or, once it was begun, when it must end.
+    until_ms: u64,
     deadline_ms: u64,
+    forget_ms: u64,
+    attempt: u32,
+}
+
+/// A task that has ended.
+#[derive(Debug, Clone, Copy)]
+struct Ended {
+    /// Until when it is remembered.
+    until_ms: u64,
+    /// The report that tells it; 0 if that belongs to an earlier stream.
+    sequence: u64,
 }
 
 #[derive(Debug)]
 struct Running {
-    task: TaskId,
+    changes_host: bool,
     ends_ms: u64,
-    stopping: Option<Stopping>,
+    forget_ms: u64,
+    stopping: Option<(Stopping, u64)>,
 }
 
 /// Why a running task was told to stop.
@@ -89,32 +179,181 @@ enum Stopping {
 /// The clocks at the moment of an event.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Now {
-    /// Milliseconds of a clock that never jumps.
+    /// Milliseconds since the machine was booted, suspend included; never jumps.
     pub(crate) elapsed_ms: u64,
     /// Milliseconds since 1970, for the record.
     pub(crate) unix_ms: i64,
 }
 
 impl Tasks {
-    pub(crate) fn new(endpoint: EndpointId) -> Self {
-        Self {
+    /// The state that a journal tells of, and what has to be done about it.
+    pub(crate) fn load(
+        endpoint: EndpointId,
+        boot: Boot,
+        stream: StreamId,
+        epoch: u32,
+        held: Held,
+        now: Now,
+    ) -> (Self, Vec<Effect>) {
+        let mut tasks = Self {
             endpoint,
-            known: HashSet::new(),
+            boot,
+            stream,
+            epoch,
             waiting: VecDeque::new(),
-            running: None,
-            next: 1,
-            unstored: VecDeque::new(),
+            running: BTreeMap::new(),
+            abandoned: BTreeMap::new(),
+            ended: HashMap::new(),
+            ended_order: VecDeque::new(),
+            reports: Lane::default(),
+            notices: Lane::default(),
+            dropped: 0,
+            connected: false,
+        };
+        let mut effects = Vec::new();
+        tasks.take_outbox(&held.outbox);
+        let (reports, notices) = held.outbox.opened.unwrap_or((u64::MAX, u64::MAX));
+        tasks.reports.expect_at_most(reports);
+        tasks.notices.expect_at_most(notices);
+        let (reports, notices) = (tasks.reports.last().min(reports), tasks.notices.last().min(notices));
+        effects.push(Effect::Persist(Record::Opened { epoch, reports, notices }));
+        tasks.remember(held.tasks, &held.outbox, now, &mut effects);
+        if held.damaged > 0 {
+            let message = format!("{} records of the journal were damaged and are lost", held.damaged);
+            tasks.note("journal-damaged", message, held.damaged, now, &mut effects);
+        }
+        (tasks, effects)
+    }
+
+    /// Takes over what waits for the manager, after a start or under another stream's numbers.
+    pub(crate) fn restreamed(&mut self, stream: StreamId, epoch: u32, outbox: &Outbox) {
+        self.stream = stream;
+        self.epoch = epoch;
+        self.connected = false;
+        self.take_outbox(outbox);
+        for ended in self.ended.values_mut() {
+            ended.sequence = 0;
+        }
+        for (sequence, _, ends) in &outbox.reports {
+            if let Some(ended) = ends.and_then(|task| self.ended.get_mut(&task)) {
+                ended.sequence = *sequence;
+            }
         }
     }
 
-    /// The task that runs.
-    pub(crate) fn running(&self) -> Option<TaskId> {
-        self.running.as_ref().map(|running| running.task)
+    fn take_outbox(&mut self, outbox: &Outbox) {
+        self.reports = Lane::load(outbox.stored.0, outbox.reports.iter().map(|(n, bytes, _)| (*n, *bytes)));
+        self.notices = Lane::load(outbox.stored.1, outbox.notices.iter().copied());
+    }
+
+    fn remember(&mut self, records: Vec<Record>, outbox: &Outbox, now: Now, effects: &mut Vec<Effect>) {
+        let mut begun = HashMap::new();
+        let mut orders = Vec::new();
+        for record in records {
+            match record {
+                Record::Started { task, ends, attempt } => {
+                    begun.insert(task, (ends.at(now, self.boot), attempt));
+                }
+                Record::Accepted { task, order, expires } => orders.push((task, order, expires)),
+                Record::Ended { task, stream, sequence, forget } => {
+                    let sequence = if stream == self.stream { sequence } else { 0 };
+                    let until_ms = forget.at(now, self.boot);
+                    self.keep_ended(task, Ended { until_ms, sequence }, effects);
+                }
+                Record::Stream { .. }
+                | Record::Report { .. }
+                | Record::Stored { .. }
+                | Record::Notice { .. }
+                | Record::NoticesStored { .. }
+                | Record::Found(_)
+                | Record::Opened { .. } => {}
+            }
+        }
+        // A write that broke off after the last report of a task and before the word that it was the last.
+        for (sequence, _, ends) in &outbox.reports {
+            let Some(task) = *ends else { continue };
+            match self.ended.get_mut(&task) {
+                Some(ended) => ended.sequence = *sequence,
+                None => {
+                    self.note_end(task, *sequence, now.elapsed_ms.saturating_add(REMEMBER_MS), now, effects)
+                }
+            }
+        }
+        orders.retain(|(task, _, _)| !self.ended.contains_key(task));
+        begun.retain(|task, _| !self.ended.contains_key(task));
+        // Their ends were neither stored nor are they there to be sent: damage took them.
+        let mut untold: Vec<(TaskId, u64)> = self
+            .ended
+            .iter()
+            .filter(|(_, ended)| self.is_untold(ended))
+            .map(|(task, ended)| (*task, ended.until_ms))
+            .collect();
+        // Ids are ordered by time, and so is the queue.
+        orders.sort_unstable_by_key(|(task, _, _)| *task);
+        for (task, order, expires) in orders {
+            let left = expires.at(now, self.boot);
+            let begun = begun.remove(&task);
+            let Some(assign) = decode_order(&order) else {
+                untold.push((task, left.saturating_add(REMEMBER_MS)));
+                continue;
+            };
+            let waiting = Waiting {
+                task,
+                spec: assign.spec,
+                until_ms: begun.map_or(left, |(ends, _)| ends),
+                deadline_ms: assign.deadline_ms,
+                forget_ms: now.elapsed_ms.saturating_add(remember_ms(assign.expires_in_ms)),
+                attempt: begun.map_or(0, |(_, attempt)| attempt),
+            };
+            // What was begun goes on before anything new is begun.
+            if waiting.attempt > 0 {
+                self.waiting.push_front(waiting);
+            } else {
+                self.waiting.push_back(waiting);
+            }
+        }
+        // A beginning whose order was lost to damage: nobody can go on with it.
+        untold.extend(begun.into_keys().map(|task| (task, now.elapsed_ms.saturating_add(REMEMBER_MS))));
+        untold.sort_unstable();
+        for (task, until_ms) in untold {
+            self.tell_lost_end(task, until_ms, now, effects);
+        }
+    }
+
+    /// Whether the manager neither has the end of a task nor will get it.
+    fn is_untold(&self, ended: &Ended) -> bool {
+        ended.sequence > self.reports.stored() && !self.reports.holds(ended.sequence)
+    }
+
+    fn tell_lost_end(&mut self, task: TaskId, until_ms: u64, now: Now, effects: &mut Vec<Effect>) {
+        let failure =
+            Failure::new("interrupted", "the agent stopped, and its notes of this task are damaged");
+        self.end(task, Outcome::Failed(failure), until_ms, now, effects);
+    }
+
+    /// The stream that reports are numbered in.
+    pub(crate) fn stream(&self) -> StreamId {
+        self.stream
+    }
+
+    /// Which boot this is.
+    pub(crate) fn boot(&self) -> Boot {
+        self.boot
+    }
+
+    /// The tasks that run.
+    pub(crate) fn running(&self) -> impl Iterator<Item = TaskId> {
+        self.running.keys().copied()
     }
 
     /// Whether the manager is far behind: who produces reports should wait.
     pub(crate) fn is_full(&self) -> bool {
-        self.unstored.len() >= MAX_UNSTORED
+        self.reports.bytes() >= MAX_REPORTS
+    }
+
+    /// The highest report and the highest notice that are stored.
+    pub(crate) fn stored(&self) -> (u64, u64) {
+        (self.reports.stored(), self.notices.stored())
     }
 
     /// Decides. Nothing is done here.
@@ -123,233 +362,369 @@ impl Tasks {
         match event {
             Event::Assigned(assign) => self.assigned(assign, now, &mut effects),
             Event::Cancelled(cancel) => self.cancelled(cancel.task, now, &mut effects),
-            Event::Detections(task, detections) => {
-                if self.running() == Some(task) {
-                    self.report(ReportBody::Detections { task, detections }, now, &mut effects);
+            Event::Detected(task, found) => self.detected(task, found, now, &mut effects),
+            Event::Treated(task, items) => {
+                if self.running.contains_key(&task) || self.abandoned.contains_key(&task) {
+                    self.report(ReportBody::Items { task, items }, None, now, &mut effects);
                 }
             }
             Event::Finished(task, outcome) => self.finished(task, outcome, now, &mut effects),
-            Event::Connected { stored_through } => {
-                self.stored(stored_through);
-                effects.extend(self.unstored.iter().cloned().map(|report| Effect::Send(report.into())));
+            Event::Vault { first, items } => {
+                self.report(ReportBody::Vault { first, items }, None, now, &mut effects);
             }
-            Event::Stored { through } => self.stored(through),
+            Event::Notice { code, message, count } => self.note(code, message, count, now, &mut effects),
+            Event::Connected { reports, notices } => self.connected(reports, notices, &mut effects),
+            Event::Disconnected => self.connected = false,
+            Event::ReportsStored { through } => self.reports.stored_through(through),
+            Event::NoticesStored { through } => self.notices.stored_through(through),
+            Event::Unreadable { sequence } => {
+                self.reports.lose(sequence);
+                self.note("journal-damaged", "a report became unreadable".to_owned(), 1, now, &mut effects);
+            }
             Event::Tick => {}
         }
         self.keep_time(now, &mut effects);
         self.begin(now, &mut effects);
+        self.tell_dropped(now, &mut effects);
+        self.pump(&mut effects);
         effects
     }
 
     fn assigned(&mut self, assign: Assign, now: Now, effects: &mut Vec<Effect>) {
-        if !self.known.insert(assign.task) {
+        let task = assign.task;
+        if let Some(ended) = self.ended.get(&task).copied() {
+            if self.is_untold(&ended) {
+                self.tell_lost_end(task, ended.until_ms, now, effects);
+            }
             return;
         }
+        let is_known =
+            self.running.contains_key(&task) || self.waiting.iter().any(|waiting| waiting.task == task);
+        if is_known {
+            return;
+        }
+        let order = encode_order(&assign);
         let refusal = if assign.endpoint != self.endpoint {
             Some(Failure::new("wrong-endpoint", "the task is for another endpoint"))
         } else if self.waiting.len() >= MAX_WAITING {
             Some(Failure::new("too-many", format!("{MAX_WAITING} tasks wait already")))
+        } else if order.is_none() {
+            Some(Failure::new("invalid", "the order is too long"))
         } else {
             invalid(&assign.spec)
         };
-        let task = assign.task;
+        let forget_ms = now.elapsed_ms.saturating_add(remember_ms(assign.expires_in_ms));
         if let Some(failure) = refusal {
-            return self.report(ReportBody::Refused { task, failure }, now, effects);
+            return self.conclude(task, ReportBody::Refused { task, failure }, forget_ms, now, effects);
         }
-        self.report(ReportBody::Accepted { task }, now, effects);
+        let expires = Due::new(assign.expires_in_ms, now, self.boot);
+        effects.push(Effect::Persist(Record::Accepted { task, order: order.unwrap_or_default(), expires }));
+        self.report(ReportBody::Accepted { task }, None, now, effects);
         self.waiting.push_back(Waiting {
             task,
             spec: assign.spec,
-            expires_ms: now.elapsed_ms.saturating_add(assign.expires_in_ms),
+            until_ms: now.elapsed_ms.saturating_add(assign.expires_in_ms),
             deadline_ms: assign.deadline_ms,
+            forget_ms,
+            attempt: 0,
         });
     }
 
     fn cancelled(&mut self, task: TaskId, now: Now, effects: &mut Vec<Effect>) {
-        if let Some(at) = self.waiting.iter().position(|waiting| waiting.task == task) {
-            self.waiting.remove(at);
-            return self.report(
-                ReportBody::Finished { task, outcome: Outcome::Cancelled(None) },
-                now,
-                effects,
-            );
+        if let Some(running) = self.running.get_mut(&task) {
+            if running.stopping.is_none() {
+                running.stopping = Some((Stopping::Cancelled, now.elapsed_ms.saturating_add(CANCEL_MS)));
+                effects.push(Effect::Stop(task));
+            }
+            return;
         }
-        if let Some(running) =
-            self.running.as_mut().filter(|running| running.task == task && running.stopping.is_none())
-        {
-            running.stopping = Some(Stopping::Cancelled);
-            effects.push(Effect::Stop(task));
+        if self.ended.contains_key(&task) {
+            return;
         }
+        // Also where the order is not known (any more): whoever called it off hears an end, and the order is
+        // not carried out if it still comes.
+        let at = self.waiting.iter().position(|waiting| waiting.task == task);
+        let forget_ms = at
+            .and_then(|at| self.waiting.remove(at))
+            .map_or_else(|| now.elapsed_ms.saturating_add(REMEMBER_MS), |waiting| waiting.forget_ms);
+        self.end(task, Outcome::Cancelled(None), forget_ms, now, effects);
+    }
+
+    fn detected(&mut self, task: TaskId, found: Vec<Found>, now: Now, effects: &mut Vec<Effect>) {
+        if !self.running.contains_key(&task) {
+            return;
+        }
+        let detections = found.iter().map(|found| found.detection.clone()).collect();
+        effects.extend(found.into_iter().map(|found| Effect::Persist(Record::Found(Box::new(found)))));
+        self.report(ReportBody::Detections { task, detections }, None, now, effects);
     }
 
     fn finished(&mut self, task: TaskId, outcome: Outcome, now: Now, effects: &mut Vec<Effect>) {
-        let Some(running) = self.running.take_if(|running| running.task == task) else { return };
+        self.abandoned.remove(&task);
+        let Some(running) = self.running.remove(&task) else { return };
         let outcome = match (running.stopping, outcome) {
-            (Some(Stopping::Cancelled), Outcome::Scanned(coverage)) => Outcome::Cancelled(Some(coverage)),
-            (Some(Stopping::Cancelled), _) => Outcome::Cancelled(None),
-            (Some(Stopping::Deadline), _) => {
-                Outcome::Failed(Failure::new("deadline", "the task took longer than its order allows"))
+            // It was through before it heard.
+            (_, Outcome::Treated(tally)) if tally.left == 0 => Outcome::Treated(tally),
+            (Some((Stopping::Cancelled, _)), Outcome::Scanned(coverage)) => {
+                Outcome::Cancelled(Some(coverage))
             }
+            (Some((Stopping::Cancelled, _)), Outcome::Treated(tally)) => {
+                Outcome::TreatedUntilCancelled(tally)
+            }
+            (Some((Stopping::Cancelled, _)), _) => Outcome::Cancelled(None),
+            (Some((Stopping::Deadline, _)), Outcome::Treated(tally)) => Outcome::TreatedUntilDeadline(tally),
+            (Some((Stopping::Deadline, _)), _) => Outcome::Failed(too_late()),
             (None, outcome) => outcome,
         };
-        self.report(ReportBody::Finished { task, outcome }, now, effects);
+        self.end(task, outcome, running.forget_ms, now, effects);
+    }
+
+    fn connected(&mut self, reports: u64, notices: u64, effects: &mut Vec<Effect>) {
+        let both = self.reports.connected(reports).and_then(|()| self.notices.connected(notices));
+        self.connected = both.is_ok();
+        effects.push(match both {
+            Ok(()) => {
+                Effect::Persist(Record::Opened { epoch: self.epoch, reports: u64::MAX, notices: u64::MAX })
+            }
+            Err(GoneBack) => Effect::Restream,
+        });
     }
 
     fn keep_time(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        let (late, waiting) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition::<VecDeque<_>, _>(|w| w.expires_ms <= now.elapsed_ms);
-        self.waiting = waiting;
-        for Waiting { task, .. } in late {
-            self.report(ReportBody::Finished { task, outcome: Outcome::Expired }, now, effects);
+        let is_late = |waiting: &Waiting| waiting.until_ms <= now.elapsed_ms;
+        if self.waiting.iter().any(is_late) {
+            let (late, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(is_late);
+            self.waiting = waiting;
+            let late: VecDeque<Waiting> = late;
+            for Waiting { task, attempt, forget_ms, .. } in late {
+                let outcome = if attempt == 0 { Outcome::Expired } else { Outcome::Failed(too_late()) };
+                self.end(task, outcome, forget_ms, now, effects);
+            }
         }
-        if let Some(running) =
-            self.running.as_mut().filter(|r| r.ends_ms <= now.elapsed_ms && r.stopping.is_none())
+        let mut stuck = Vec::new();
+        for (task, running) in &mut self.running {
+            match running.stopping {
+                None if running.ends_ms <= now.elapsed_ms => {
+                    running.stopping = Some((Stopping::Deadline, now.elapsed_ms.saturating_add(DEADLINE_MS)));
+                    effects.push(Effect::Stop(*task));
+                }
+                Some((why, until)) if until <= now.elapsed_ms => stuck.push((*task, why)),
+                None | Some(_) => {}
+            }
+        }
+        for (task, why) in stuck {
+            let Some(running) = self.running.remove(&task) else { continue };
+            self.abandoned.insert(task, running.changes_host);
+            let outcome = match why {
+                Stopping::Cancelled => Outcome::Cancelled(None),
+                Stopping::Deadline => Outcome::Failed(too_late()),
+            };
+            self.end(task, outcome, running.forget_ms, now, effects);
+        }
+        while let Some(oldest) = self.ended_order.front()
+            && self.ended.get(oldest).is_none_or(|ended| ended.until_ms <= now.elapsed_ms)
+            && let Some(task) = self.ended_order.pop_front()
         {
-            running.stopping = Some(Stopping::Deadline);
-            effects.push(Effect::Stop(running.task));
+            self.ended.remove(&task);
+            effects.push(Effect::Forget(task));
         }
     }
 
     fn begin(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        if self.running.is_some() || self.is_full() {
+        while !self.is_full() && self.abandoned.len() < MAX_ABANDONED {
+            let reading = self.running.values().filter(|running| !running.changes_host).count();
+            let is_changing = self.running.values().any(|running| running.changes_host)
+                || self.abandoned.values().any(|changes_host| *changes_host);
+            let has_turn = |waiting: &Waiting| {
+                let changes_host = waiting.spec.kind().changes_host();
+                if changes_host { !is_changing } else { reading < MAX_READING }
+            };
+            let Some(at) = self.waiting.iter().position(has_turn) else { return };
+            let Some(waiting) = self.waiting.remove(at) else { return };
+            let Waiting { task, spec, until_ms, deadline_ms, forget_ms, attempt } = waiting;
+            if attempt >= MAX_ATTEMPTS {
+                let why = format!("the agent stopped {MAX_ATTEMPTS} times while the task ran");
+                let failure = Failure::new("interrupted", why);
+                self.end(task, Outcome::Failed(failure), forget_ms, now, effects);
+                continue;
+            }
+            let ends_ms = if attempt == 0 { now.elapsed_ms.saturating_add(deadline_ms) } else { until_ms };
+            let ends = Due::new(ends_ms.saturating_sub(now.elapsed_ms), now, self.boot);
+            effects.push(Effect::Persist(Record::Started { task, ends, attempt: attempt + 1 }));
+            if attempt == 0 {
+                self.report(ReportBody::Started { task }, None, now, effects);
+            }
+            let changes_host = spec.kind().changes_host();
+            self.running.insert(task, Running { changes_host, ends_ms, forget_ms, stopping: None });
+            effects.push(Effect::Start { task, spec, resumed: attempt > 0 });
+        }
+    }
+
+    fn end(&mut self, task: TaskId, outcome: Outcome, forget_ms: u64, now: Now, effects: &mut Vec<Effect>) {
+        self.conclude(task, ReportBody::Finished { task, outcome }, forget_ms, now, effects);
+    }
+
+    /// The last report of a task, and that it was.
+    fn conclude(
+        &mut self,
+        task: TaskId,
+        body: ReportBody,
+        forget_ms: u64,
+        now: Now,
+        effects: &mut Vec<Effect>,
+    ) {
+        let sequence = self.report(body, Some(task), now, effects);
+        self.note_end(task, sequence, forget_ms, now, effects);
+    }
+
+    fn note_end(&mut self, task: TaskId, sequence: u64, until_ms: u64, now: Now, effects: &mut Vec<Effect>) {
+        let forget = Due::new(until_ms.saturating_sub(now.elapsed_ms), now, self.boot);
+        effects.push(Effect::Persist(Record::Ended { task, stream: self.stream, sequence, forget }));
+        self.keep_ended(task, Ended { until_ms, sequence }, effects);
+    }
+
+    fn keep_ended(&mut self, task: TaskId, ended: Ended, effects: &mut Vec<Effect>) {
+        if self.ended.insert(task, ended).is_none() {
+            self.ended_order.push_back(task);
+        }
+        if self.ended_order.len() > MAX_ENDED
+            && let Some(oldest) = self.ended_order.pop_front()
+        {
+            self.ended.remove(&oldest);
+            effects.push(Effect::Forget(oldest));
+        }
+    }
+
+    fn report(&mut self, body: ReportBody, ends: Option<TaskId>, now: Now, effects: &mut Vec<Effect>) -> u64 {
+        let sequence = self.reports.last() + 1;
+        let report = Report { sequence, at_ms: now.unix_ms, body };
+        let frame = encode_report(&report).unwrap_or_else(|| {
+            // Rooms keep to the limits; if one does not, the manager must still hear of the task's end.
+            let failure = Failure::new("too-long", "a report of the agent did not fit a message");
+            let body = match report.body {
+                ReportBody::Finished { task, .. } | ReportBody::Refused { task, .. } => {
+                    ReportBody::Finished { task, outcome: Outcome::Failed(failure) }
+                }
+                ReportBody::Accepted { .. }
+                | ReportBody::Started { .. }
+                | ReportBody::Detections { .. }
+                | ReportBody::Items { .. }
+                | ReportBody::Vault { .. }
+                | ReportBody::Lost { .. } => ReportBody::Lost { count: 0 },
+            };
+            encode_report(&Report { sequence, at_ms: now.unix_ms, body }).unwrap_or_default()
+        });
+        self.reports.push(u64::try_from(frame.len()).unwrap_or(u64::MAX));
+        effects.push(Effect::Persist(Record::Report { epoch: self.epoch, sequence, ends, frame }));
+        sequence
+    }
+
+    fn note(&mut self, code: &str, message: String, count: u64, now: Now, effects: &mut Vec<Effect>) {
+        if self.notices.bytes() >= MAX_NOTICES {
+            self.dropped = self.dropped.saturating_add(1);
             return;
         }
-        let Some(Waiting { task, spec, deadline_ms, .. }) = self.waiting.pop_front() else { return };
-        self.running =
-            Some(Running { task, ends_ms: now.elapsed_ms.saturating_add(deadline_ms), stopping: None });
-        self.report(ReportBody::Started { task }, now, effects);
-        effects.push(Effect::Start(task, spec));
+        let Failure { code, message } = Failure::new(code, message);
+        let notice = Notice { at_ms: now.unix_ms, code, message, count };
+        let bytes = notice.code.len() + notice.message.len() + 32;
+        let number = self.notices.push(u64::try_from(bytes).unwrap_or(u64::MAX));
+        effects.push(Effect::Persist(Record::Notice { epoch: self.epoch, number, notice }));
     }
 
-    fn report(&mut self, body: ReportBody, now: Now, effects: &mut Vec<Effect>) {
-        let report = Report { sequence: self.next, at_ms: now.unix_ms, body };
-        self.next += 1;
-        self.unstored.push_back(report.clone());
-        effects.push(Effect::Send(report.into()));
-    }
-
-    fn stored(&mut self, through: u64) {
-        while self.unstored.front().is_some_and(|report| report.sequence <= through) {
-            self.unstored.pop_front();
+    /// Once there is room again, how many notices found none.
+    fn tell_dropped(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        if self.dropped > 0 && self.notices.bytes() < MAX_NOTICES / 2 {
+            let count = std::mem::take(&mut self.dropped);
+            let message = format!("{count} notices were dropped while the manager was out of reach");
+            self.note("notices-lost", message, count, now, effects);
         }
+    }
+
+    /// What there is room for: reports first.
+    fn pump(&mut self, effects: &mut Vec<Effect>) {
+        if !self.connected {
+            return;
+        }
+        while let Some(next) = self.reports.next() {
+            effects.push(match next {
+                Next::Message(sequence) => Effect::SendReport(sequence),
+                Next::Lost { through, count } => Effect::SendLost { through, count },
+            });
+        }
+        let mut notices: Option<(u64, usize)> = None;
+        while let Some(next) = self.notices.next() {
+            // A notice that is lost is left out: numbers of notices may have gaps.
+            let Next::Message(number) = next else { continue };
+            notices = match notices {
+                Some((first, count)) if first + wide(count) == number && count < Notices::MAX => {
+                    Some((first, count + 1))
+                }
+                other => {
+                    effects.extend(other.map(|(first, count)| Effect::SendNotices { first, count }));
+                    Some((number, 1))
+                }
+            };
+        }
+        effects.extend(notices.map(|(first, count)| Effect::SendNotices { first, count }));
+    }
+}
+
+fn too_late() -> Failure {
+    Failure::new("deadline", "the task took longer than its order allows")
+}
+
+/// An order is recognised for twice the time for which it may wait.
+fn remember_ms(expires_in_ms: u64) -> u64 {
+    expires_in_ms.saturating_mul(2).max(REMEMBER_MS)
+}
+
+fn encode_order(assign: &Assign) -> Option<Vec<u8>> {
+    let mut bytes = BytesMut::new();
+    ToAgent::from(assign.clone()).encode(&mut bytes).ok()?;
+    Some(bytes.to_vec())
+}
+
+fn decode_order(frame: &[u8]) -> Option<Assign> {
+    let mut bytes = BytesMut::from(frame);
+    let frame = tm_protocol::frame::take(&mut bytes, ToAgent::limit).ok()??;
+    match ToAgent::decode(&frame).ok()?? {
+        ToAgent::Assign(assign) => Some(assign),
+        ToAgent::Welcome(_)
+        | ToAgent::Ping(_)
+        | ToAgent::Pong(_)
+        | ToAgent::ReportStored(_)
+        | ToAgent::Goodbye(_)
+        | ToAgent::EnrollReply(_)
+        | ToAgent::Cancel(_)
+        | ToAgent::NoticesStored(_) => None,
     }
 }
 
 /// What an agent will not do, whoever orders it.
 fn invalid(spec: &TaskSpec) -> Option<Failure> {
-    match spec {
-        TaskSpec::Scan(scan) => {
-            let paths = !scan.paths.is_empty()
-                && scan.paths.len() <= ScanSpec::MAX_PATHS
-                && scan.paths.iter().all(|path| {
-                    path.0.starts_with(b"/") && path.0.len() <= ScanSpec::MAX_PATH && !path.0.contains(&0)
-                });
-            let patterns = !scan.patterns.is_empty() && scan.patterns.len() <= ScanSpec::MAX_PATTERNS;
-            let sound = paths && patterns;
-            (!sound).then(|| {
-                Failure::new("invalid", "a scan needs absolute paths and patterns, within their limits")
-            })
-        }
-        TaskSpec::Cleanup(_) | TaskSpec::Restore(_) => {
-            Some(Failure::new("unsupported", "this agent cannot do that"))
-        }
-    }
+    let is_path = |path: &tm_protocol::report::PathBytes| {
+        path.0.starts_with(b"/") && path.0.len() <= ScanSpec::MAX_PATH && !path.0.contains(&0)
+    };
+    let (is_sound, what) = match spec {
+        TaskSpec::Scan(scan) => (
+            (1..=ScanSpec::MAX_PATHS).contains(&scan.paths.len())
+                && scan.paths.iter().all(is_path)
+                && (1..=ScanSpec::MAX_PATTERNS).contains(&scan.patterns.len()),
+            "a scan needs absolute paths and patterns, within their limits",
+        ),
+        TaskSpec::Cleanup(cleanup) => (
+            (1..=CleanupSpec::MAX_DETECTIONS).contains(&cleanup.detections.len()),
+            "a cleanup needs detections, within their limit",
+        ),
+        TaskSpec::Restore(restore) => (
+            (1..=RestoreSpec::MAX_ITEMS).contains(&restore.items.len())
+                && restore.to.as_ref().is_none_or(|to| restore.items.len() == 1 && is_path(to)),
+            "a restore needs vault items, within their limit, and one at most for another place",
+        ),
+    };
+    (!is_sound).then(|| Failure::new("invalid", what))
 }
 
-#[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
-
-    use proptest::prelude::*;
-    use tm_protocol::{
-        ids::Sha256,
-        report::{Coverage, PathBytes},
-        task::{PatternRef, ScanLimits},
-    };
-    use uuid::Uuid;
-
-    use super::*;
-
-    fn endpoint() -> EndpointId {
-        EndpointId::new(Uuid::from_u128(1))
-    }
-
-    fn assign(n: u128, path: &[u8], whom: EndpointId) -> Assign {
-        let pattern = PatternRef { sha256: Sha256::of(b"p"), size: 1, name: "p".into() };
-        Assign {
-            task: TaskId::new(Uuid::from_u128(n)),
-            endpoint: whom,
-            spec: TaskSpec::Scan(ScanSpec {
-                paths: vec![PathBytes(path.to_vec())],
-                patterns: vec![pattern],
-                limits: ScanLimits::default(),
-            }),
-            expires_in_ms: 50,
-            deadline_ms: 50,
-            issuer: "a".into(),
-            reason: String::new(),
-        }
-    }
-
-    #[test]
-    fn orders_for_others_and_relative_paths_are_refused() {
-        let other = EndpointId::new(Uuid::from_u128(9));
-        for (order, code) in
-            [(assign(1, b"/x", other), "wrong-endpoint"), (assign(2, b"x", endpoint()), "invalid")]
-        {
-            let effects =
-                Tasks::new(endpoint()).handle(Event::Assigned(order), Now { elapsed_ms: 0, unix_ms: 0 });
-            let [Effect::Send(ToManager::Report(report))] = &effects[..] else { panic!("{effects:?}") };
-            assert!(
-                matches!(&report.body, ReportBody::Refused { failure, .. } if failure.code == code),
-                "{report:?}"
-            );
-        }
-    }
-
-    proptest! {
-        /// Whatever happens in whatever order: one beginning at most, one end exactly, numbers without a gap.
-        #[test]
-        fn every_task_ends_once(steps in prop::collection::vec((0u8..6, 1u128..8, 0u64..40), 1..80)) {
-            let mut tasks = Tasks::new(endpoint());
-            let (mut elapsed, mut sent, mut starts) = (0, Vec::<Report>::new(), HashMap::<TaskId, u32>::new());
-            let mut ordered = HashSet::new();
-            let mut step = |tasks: &mut Tasks, event: Event, elapsed: u64| {
-                for effect in tasks.handle(event, Now { elapsed_ms: elapsed, unix_ms: 0 }) {
-                    match effect {
-                        Effect::Send(ToManager::Report(r)) => {
-                            if sent.iter().all(|s| s.sequence != r.sequence) { sent.push(r); }
-                        }
-                        Effect::Send(_) | Effect::Stop(_) => {}
-                        Effect::Start(task, _) => *starts.entry(task).or_default() += 1,
-                    }
-                }
-            };
-            for (kind, n, ms) in steps {
-                elapsed += ms;
-                let task = TaskId::new(Uuid::from_u128(n));
-                let event = match kind {
-                    0 | 1 => { ordered.insert(task); Event::Assigned(assign(n, b"/x", endpoint())) }
-                    2 => Event::Cancelled(Cancel { task }),
-                    3 => Event::Finished(task, Outcome::Scanned(Coverage::default())),
-                    4 => Event::Connected { stored_through: 0 },
-                    _ => Event::Tick,
-                };
-                step(&mut tasks, event, elapsed);
-            }
-            while let Some(task) = tasks.running() {
-                elapsed += 100;
-                step(&mut tasks, Event::Finished(task, Outcome::Scanned(Coverage::default())), elapsed);
-            }
-            let sequences: Vec<u64> = sent.iter().map(|r| r.sequence).collect();
-            prop_assert_eq!(sequences, (1..=sent.len() as u64).collect::<Vec<_>>());
-            prop_assert!(starts.values().all(|count| *count == 1));
-            for task in ordered {
-                let ends = sent.iter().filter(|r| matches!(&r.body,
-                    ReportBody::Finished { task: t, .. } | ReportBody::Refused { task: t, .. } if *t == task)).count();
-                prop_assert_eq!(ends, 1);
-            }
-        }
-    }
+fn wide(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
 }

@@ -331,42 +331,27 @@ fn distrust(error: &reqwest::Error) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::SocketAddr, sync::Arc};
+    use std::net::SocketAddr;
 
-    use tm_protocol::ids::Sha256;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpListener,
     };
 
     use super::*;
-    use crate::tls::tests::Authority;
+    use crate::{
+        testing::{acceptor, client},
+        tls::tests::Authority,
+    };
 
     type Expected = fn(&ClientError) -> bool;
-
-    fn client(address: SocketAddr, ca: Sha256) -> Client {
-        let text = format!("url = \"https://{address}\"\nca_sha256 = \"{ca}\"\ntoken = \"t0ken\"\n");
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("profile.toml");
-        std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
-        Client::new(Profile::load(Some(&path)).unwrap()).unwrap()
-    }
 
     /// A server with a real certificate that gives one answer to every request and keeps what it was asked.
     async fn server(
         authority: &Authority,
         answer: &'static str,
     ) -> (SocketAddr, tokio::sync::mpsc::Receiver<String>) {
-        let (leaf, key) = authority.manager();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![leaf, authority.der()], key)
-            .unwrap();
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let acceptor = acceptor(authority);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (asked, requests) = tokio::sync::mpsc::channel(8);

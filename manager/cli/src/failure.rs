@@ -20,7 +20,7 @@ use crate::{
     profile::ProfileError,
 };
 
-/// The exit codes. 10 and 11 only come from `scan start --wait`.
+/// The exit codes. 10 and 11 only come from scans that were waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
     /// Done; for a scan: clean.
@@ -37,6 +37,8 @@ pub(crate) enum Exit {
     Detected,
     /// A scan detected nothing and did not see everything.
     Incomplete,
+    /// The person had enough of waiting (128 and the number of the signal, as shells have it).
+    Interrupted,
 }
 
 impl Exit {
@@ -50,6 +52,7 @@ impl Exit {
             Self::TimedOut => 4,
             Self::Detected => 10,
             Self::Incomplete => 11,
+            Self::Interrupted => 130,
         }
     }
 }
@@ -69,6 +72,15 @@ pub(crate) enum Failure {
     /// There is no usable profile.
     #[error(transparent)]
     Profile(#[from] ProfileError),
+    /// The person was asked and did not say yes.
+    #[error("not confirmed; nothing was ordered")]
+    NotConfirmed,
+    /// There is nothing that the order could be for.
+    #[error("{0}")]
+    NothingToDo(String),
+    /// The person does not wait any longer: what goes on, and how to follow and to end it.
+    #[error("{0}")]
+    Interrupted(String),
     /// The manager refused, or could not be asked.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -115,6 +127,8 @@ impl Failure {
     pub(crate) fn exit(&self) -> Exit {
         match self {
             Self::Usage(_) => Exit::Usage,
+            Self::NothingToDo(_) => Exit::Refused,
+            Self::Interrupted(_) => Exit::Interrupted,
             Self::Client(error) | Self::Import { source: error, .. } => match error {
                 ClientError::Refused(view) => exit_of(view.code),
                 ClientError::TimedOut { .. } => Exit::TimedOut,
@@ -125,7 +139,8 @@ impl Failure {
                 | ClientError::Strange { .. }
                 | ClientError::Setup(_) => Exit::Failed,
             },
-            Self::Profile(_)
+            Self::NotConfirmed
+            | Self::Profile(_)
             | Self::File { .. }
             | Self::PatternTooLarge { .. }
             | Self::Audit(_)
@@ -137,6 +152,9 @@ impl Failure {
 
     /// The lines for standard error: what was tried, why it did not work, what to do next.
     pub(crate) fn report(&self) -> String {
+        if let Self::Interrupted(text) = self {
+            return text.lines().map(|line| escape_for_display(line) + "\n").collect();
+        }
         let mut text = format!("error: {self}");
         let mut cause = self.source();
         while let Some(error) = cause {
@@ -147,6 +165,9 @@ impl Failure {
         let mut lines: Vec<String> = match self {
             Self::Profile(_) => text.trim_end().lines().map(escape_for_display).collect(),
             Self::Usage(_)
+            | Self::NotConfirmed
+            | Self::NothingToDo(_)
+            | Self::Interrupted(_)
             | Self::Client(_)
             | Self::Import { .. }
             | Self::File { .. }
@@ -160,6 +181,9 @@ impl Failure {
             Self::Client(ClientError::Refused(view)) => (Some(view), None),
             Self::Import { file, source: ClientError::Refused(view) } => (Some(view), Some(file.as_path())),
             Self::Usage(_)
+            | Self::NotConfirmed
+            | Self::NothingToDo(_)
+            | Self::Interrupted(_)
             | Self::Profile(_)
             | Self::Client(_)
             | Self::Import { .. }
@@ -191,7 +215,12 @@ impl Failure {
             Self::Audit(_) => Some(
                 "keep a copy of the manager's database as it is now, and compare it with a backup".to_owned(),
             ),
+            Self::NothingToDo(_) => {
+                Some("see what is known: `tmctl status`, or `tmctl why` and an endpoint".to_owned())
+            }
             Self::Usage(_)
+            | Self::NotConfirmed
+            | Self::Interrupted(_)
             | Self::File { .. }
             | Self::PatternTooLarge { .. }
             | Self::EndlessPages(_)

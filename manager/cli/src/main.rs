@@ -12,7 +12,10 @@ mod duration;
 mod failure;
 mod output;
 mod profile;
+#[cfg(test)]
+mod testing;
 mod tls;
+mod when;
 
 use std::process::ExitCode;
 
@@ -46,8 +49,13 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
     let out = Output::new(cli.output);
     let client = || -> Result<Client, Failure> { Ok(Client::new(Profile::load(cli.profile.as_deref())?)?) };
     match cli.command {
+        Command::Status => cmds::status::run(&client()?, &out).await,
+        Command::Why { target } => cmds::why::run(&target, &client()?, &out).await,
         Command::Endpoint(command) => cmds::endpoint::run(command, &client()?, &out).await,
         Command::Scan(command) => cmds::scan::run(command, &client()?, &out).await,
+        Command::Cleanup(command) => cmds::cleanup::run(command, &client()?, &out).await,
+        Command::Vault(command) => cmds::vault::run(command, &client()?, &out).await,
+        Command::Event(command) => cmds::event::run(command, &client()?, &out).await,
         Command::Task(command) => cmds::task::run(command, &client()?, &out).await,
         Command::Pattern(command) => cmds::pattern::run(command, &client()?, &out).await,
         Command::Token(command) => cmds::token::run(command, &client()?, &out).await,

@@ -7,6 +7,7 @@ pub(crate) mod ca;
 pub(crate) mod enrollment;
 pub(crate) mod intake;
 pub(crate) mod listener;
+pub(crate) mod meter;
 pub(crate) mod registry;
 pub(crate) mod session;
 pub(crate) mod tls;
@@ -35,6 +36,8 @@ pub(crate) enum LinkError {
     Protocol(&'static str),
     #[error("the store failed")]
     Store(#[source] crate::store::StoreError),
+    #[error("the store cannot take what the agent hands in")]
+    Unstorable,
     #[error("replaced by a newer session")]
     Replaced,
     #[error("the manager ends")]
@@ -47,10 +50,22 @@ pub(crate) async fn read(
     buffer: &mut BytesMut,
 ) -> Result<ToManager, LinkError> {
     loop {
-        while let Some(frame) = frame::take(buffer, ToManager::limit).map_err(LinkError::Frame)? {
-            if let Some(message) = ToManager::decode(&frame).map_err(LinkError::Frame)? {
-                return Ok(message);
-            }
+        if let (Some(message), _) = read_any(link, buffer).await? {
+            return Ok(message);
+        }
+    }
+}
+
+/// The next message and the length of its frame, in bytes; `None` for one that this build does not know. Safe
+/// to drop half-way.
+pub(crate) async fn read_any(
+    link: &mut (impl AsyncRead + Unpin),
+    buffer: &mut BytesMut,
+) -> Result<(Option<ToManager>, usize), LinkError> {
+    loop {
+        if let Some(frame) = frame::take(buffer, ToManager::limit).map_err(LinkError::Frame)? {
+            let message = ToManager::decode(&frame).map_err(LinkError::Frame)?;
+            return Ok((message, frame::HEADER_LENGTH + frame.body.len()));
         }
         if link.read_buf(buffer).await.map_err(LinkError::Broken)? == 0 {
             return Err(LinkError::Closed);

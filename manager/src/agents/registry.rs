@@ -14,6 +14,9 @@ use tokio::sync::{Notify, mpsc, oneshot};
 /// Messages that wait for one agent. Beyond it the dispatcher tries again later.
 const OUTBOX: usize = 64;
 
+/// Tasks of one agent whose progress waits for the flush; an agent carries out fewer at a time.
+const TASKS: usize = 16;
+
 /// Every session of this manager.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Registry {
@@ -26,7 +29,8 @@ pub(crate) struct Registry {
 struct Inner {
     sessions: HashMap<EndpointId, Handle>,
     seen: HashSet<EndpointId>,
-    progress: HashMap<TaskId, (EndpointId, Progress)>,
+    /// The newest of each task, by endpoint: what one says of another's task stays its own.
+    progress: HashMap<EndpointId, Vec<Progress>>,
 }
 
 #[derive(Debug)]
@@ -111,14 +115,21 @@ impl Registry {
         self.lock().seen.insert(endpoint);
     }
 
-    /// Notes progress, for the next flush. Only the newest of each task is kept.
+    /// Notes progress, for the next flush. Only the newest of each task is kept, and of the newest tasks.
     pub(crate) fn progressed(&self, endpoint: EndpointId, progress: Progress) {
-        self.lock().progress.insert(progress.task, (endpoint, progress));
+        let mut inner = self.lock();
+        let known = inner.progress.entry(endpoint).or_default();
+        known.retain(|older| older.task != progress.task);
+        if known.len() >= TASKS {
+            known.remove(0);
+        }
+        known.push(progress);
     }
 
     /// Takes what is to be flushed.
     pub(crate) fn take_progress(&self) -> Vec<(EndpointId, Progress)> {
-        std::mem::take(&mut self.lock().progress).into_values().collect()
+        let taken = std::mem::take(&mut self.lock().progress);
+        taken.into_iter().flat_map(|(endpoint, all)| all.into_iter().map(move |p| (endpoint, p))).collect()
     }
 
     /// Takes who was heard since the last time.

@@ -1,37 +1,48 @@
 //! One live link to one agent.
 //!
-//! **Invariant:** a report is acknowledged only after it was committed.
+//! **Invariant:** what is handed in is acknowledged only after it was committed.
+//! **Invariant:** an agent that is read more slowly, or that the store makes wait, keeps its session: it is
+//! still sent orders, answers and pings, and its silence is not counted.
 
-use std::time::Duration;
+use std::{convert::Infallible, time::Duration};
 
 use bytes::BytesMut;
 use tm_protocol::{
     VERSION,
     address::Address,
     ids::{EndpointId, ManagerId},
-    message::{Goodbye, Hello, Ping, Pong, ReportStored, ToManager, Welcome},
+    message::{
+        Goodbye, Hello, Notices, NoticesStored, Ping, Pong, Report, ReportBody, ReportStored, ToManager,
+        Welcome,
+    },
     report::Failure,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{mpsc, oneshot},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     LinkError,
-    intake::Intake,
-    now_ms, read,
+    intake::{Failed, Intake, Lane, inventory_rows},
+    meter::{Cost, Meter, Meters},
+    now_ms, read, read_any,
     registry::{Command, Registry},
     write,
 };
-use crate::store::Store;
+use crate::store::{
+    Store,
+    streams::{Counts, HandedIn, last},
+};
 
 /// How long a new link may take to say hello.
 const HELLO: Duration = Duration::from_secs(10);
 /// How long an older session has to prove that it is alive when its identity appears again.
 const PROOF: Duration = Duration::from_secs(5);
+/// Highest number of a stream: what the store can count to.
+const LAST_NUMBER: u64 = i64::MAX.unsigned_abs();
 /// Longest silence.
 const LONGEST_SILENCE: Duration = Duration::from_secs(55);
 
@@ -41,6 +52,7 @@ pub(crate) struct Shared {
     pub(crate) store: Store,
     pub(crate) intake: Intake,
     pub(crate) registry: Registry,
+    pub(crate) meters: Meters,
     pub(crate) manager: ManagerId,
     pub(crate) addresses: Vec<Address>,
     pub(crate) heartbeat: Duration,
@@ -63,7 +75,7 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
     link: &mut L,
     endpoint: EndpointId,
     shared: &Shared,
-) -> Result<std::convert::Infallible, LinkError> {
+) -> Result<Infallible, LinkError> {
     let mut buffer = BytesMut::new();
     let hello = match timeout(HELLO, read(link, &mut buffer)).await.map_err(|_| LinkError::Silent)?? {
         ToManager::Hello(hello) => hello,
@@ -82,8 +94,16 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
     if let Some(failure) = sound(&hello) {
         return Err(goodbye(link, failure, 60_000).await);
     }
+    let meter = shared.meters.of(endpoint, Instant::now().into_std());
+    let Some((turn, wait)) = meter.queue(Instant::now().into_std()) else {
+        let failure = Failure::new("too-many-links", "several links of this endpoint wait for a session");
+        return Err(goodbye(link, failure, 10_000).await);
+    };
+    sleep(wait).await;
     if is_elsewhere(endpoint, &hello, &shared.registry).await {
-        tracing::warn!(%endpoint, "Two agents use one identity; the newer is sent away.");
+        if meter.may_log(Instant::now().into_std()) {
+            tracing::warn!(%endpoint, "Two agents use one identity; the newer is sent away.");
+        }
         let failure =
             Failure::new("identity-in-use", "another agent with this identity is connected and answers");
         return Err(goodbye(link, failure, 60_000).await);
@@ -100,13 +120,16 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
         clock_ms: now_ms(),
         heartbeat_ms: u32::try_from(shared.heartbeat.as_millis()).unwrap_or(u32::MAX),
         addresses: shared.addresses.clone(),
-        stored_through: opened.stored_through,
-        notices_through: 0,
+        stored_through: opened.stored.reports,
+        notices_through: opened.stored.notices,
     };
     let mut commands = shared.registry.enter(endpoint, opened.epoch, hello.process_nonce);
+    drop(turn);
     let ended = async {
         write(link, &welcome.into()).await?;
-        converse(link, &mut buffer, endpoint, opened.stored_through, &mut commands, shared).await
+        let lane = shared.intake.lane(endpoint, opened.epoch, opened.stored);
+        let session = Session { endpoint, handed: opened.stored, told: opened.stored, lane, meter, shared };
+        session.converse(link, &mut buffer, &mut commands).await
     }
     .await;
     shared.registry.leave(endpoint, opened.epoch);
@@ -116,63 +139,192 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
     ended
 }
 
-async fn converse<L: AsyncRead + AsyncWrite + Unpin>(
-    link: &mut L,
-    buffer: &mut BytesMut,
+/// A session after its welcome.
+struct Session<'s> {
     endpoint: EndpointId,
-    mut stored: u64,
-    commands: &mut mpsc::Receiver<Command>,
-    shared: &Shared,
-) -> Result<std::convert::Infallible, LinkError> {
-    tracing::info!(%endpoint, "Connected.");
-    let silence = (shared.heartbeat * 2).clamp(Duration::from_secs(1), LONGEST_SILENCE);
-    let mut last_heard = Instant::now();
-    let mut asked: Vec<oneshot::Sender<()>> = Vec::new();
-    loop {
-        tokio::select! {
-            message = read(link, buffer) => {
+    /// What the agent has handed in, and what it has been told is stored.
+    handed: Counts,
+    told: Counts,
+    lane: Lane,
+    meter: Meter,
+    shared: &'s Shared,
+}
+
+impl Session<'_> {
+    async fn converse<L: AsyncRead + AsyncWrite + Unpin>(
+        mut self,
+        link: &mut L,
+        buffer: &mut BytesMut,
+        commands: &mut mpsc::Receiver<Command>,
+    ) -> Result<Infallible, LinkError> {
+        if self.meter.may_log(Instant::now().into_std()) {
+            tracing::info!(endpoint = %self.endpoint, "Connected.");
+        }
+        let heartbeat = self.shared.heartbeat;
+        let silence = (heartbeat * 2).clamp(Duration::from_secs(1), LONGEST_SILENCE);
+        let mut last_heard = Instant::now();
+        let mut read_from = last_heard;
+        let mut next_ping = last_heard + heartbeat;
+        let mut did_read = true;
+        let mut asked: Vec<oneshot::Sender<()>> = Vec::new();
+        loop {
+            let has_room = self.lane.has_room();
+            let reads = has_room && read_from <= Instant::now();
+            if !(reads && did_read) {
+                // Nobody is silent who is not listened to.
                 last_heard = Instant::now();
-                shared.registry.saw(endpoint);
-                for answer in asked.drain(..) {
-                    let _ = answer.send(());
-                }
-                match message? {
-                    ToManager::Ping(Ping { nonce }) => write(link, &Pong { nonce }.into()).await?,
-                    ToManager::Pong(_) => {}
-                    ToManager::Inventory(facts) => {
-                        shared.store.record_inventory(endpoint, &facts).await.map_err(LinkError::Store)?;
-                    }
-                    ToManager::Progress(progress) => shared.registry.progressed(endpoint, progress),
-                    ToManager::Report(report) => {
-                        if report.sequence > stored + 1 {
-                            return Err(LinkError::Protocol("reports were left out"));
-                        }
-                        if report.sequence == stored + 1 {
-                            shared.intake.store(endpoint, report).await.map_err(LinkError::Store)?;
-                            stored += 1;
-                        }
-                        write(link, &ReportStored { through: stored }.into()).await?;
-                    }
-                    ToManager::Hello(_) | ToManager::EnrollRequest(_) | ToManager::Notices(_) => {
-                        return Err(LinkError::Protocol("a message out of place"));
-                    }
-                }
             }
-            command = commands.recv() => match command {
-                Some(Command::Send(message)) => write(link, &message).await?,
-                Some(Command::AreYouThere(answer)) => {
-                    asked.push(answer);
+            did_read = reads;
+            tokio::select! {
+                message = read_any(link, buffer), if reads => {
+                    last_heard = Instant::now();
+                    self.shared.registry.saw(self.endpoint);
+                    for answer in asked.drain(..) {
+                        let _ = answer.send(());
+                    }
+                    let (message, bytes) = message?;
+                    let rows = match message {
+                        Some(message) => self.take(link, message, bytes).await?,
+                        None => 0,
+                    };
+                    read_from = last_heard + self.charge(Cost { bytes, rows }, last_heard);
+                }
+                stored = self.lane.advanced() => self.tell(link, stored.map_err(LinkError::from)?).await?,
+                command = commands.recv() => match command {
+                    Some(Command::Send(message)) => write(link, &message).await?,
+                    Some(Command::AreYouThere(answer)) => {
+                        asked.push(answer);
+                        write(link, &Ping { nonce: rand::random() }.into()).await?;
+                    }
+                    Some(Command::GiveWay) | None => return Err(LinkError::Replaced),
+                },
+                () = sleep_until(read_from), if has_room && !reads => {}
+                // While nothing is read, no ping of the agent's is answered either.
+                () = sleep_until(next_ping), if !reads => {
+                    next_ping = Instant::now() + heartbeat;
                     write(link, &Ping { nonce: rand::random() }.into()).await?;
                 }
-                Some(Command::GiveWay) | None => return Err(LinkError::Replaced),
-            },
-            () = sleep_until(last_heard + silence) => return Err(LinkError::Silent),
-            () = shared.ending.cancelled() => {
-                let failure = Failure::new("manager-ending", "the manager ends");
-                return Err(goodbye(link, failure, 0).await);
+                () = sleep_until(last_heard + silence), if reads => return Err(LinkError::Silent),
+                () = self.shared.ending.cancelled() => {
+                    let failure = Failure::new("manager-ending", "the manager ends");
+                    return Err(goodbye(link, failure, 0).await);
+                }
             }
         }
     }
+
+    /// Does what a message is for; the rows that it makes the store write.
+    async fn take<L: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        link: &mut L,
+        message: ToManager,
+        bytes: usize,
+    ) -> Result<usize, LinkError> {
+        match message {
+            ToManager::Ping(Ping { nonce }) => write(link, &Pong { nonce }.into()).await.map(|()| 0),
+            ToManager::Pong(_) => Ok(0),
+            ToManager::Inventory(facts) => {
+                let rows = inventory_rows(&facts);
+                self.lane.inventory(facts);
+                Ok(rows)
+            }
+            ToManager::Progress(progress) => {
+                self.shared.registry.progressed(self.endpoint, progress);
+                Ok(1)
+            }
+            ToManager::Report(report) => {
+                if follows(&report, self.handed.reports)? {
+                    return Ok(self.hand_in(HandedIn::Report(report), bytes));
+                }
+                if report.sequence <= self.told.reports {
+                    write(link, &ReportStored { through: self.told.reports }.into()).await?;
+                }
+                Ok(0)
+            }
+            ToManager::Notices(notices) => {
+                if go_on(&notices, self.handed.notices)? {
+                    return Ok(self.hand_in(HandedIn::Notices(notices), bytes));
+                }
+                if last(&notices) <= self.told.notices {
+                    write(link, &NoticesStored { through: self.told.notices }.into()).await?;
+                }
+                Ok(0)
+            }
+            ToManager::Hello(_) | ToManager::EnrollRequest(_) => {
+                Err(LinkError::Protocol("a message out of place"))
+            }
+        }
+    }
+
+    fn hand_in(&mut self, item: HandedIn, bytes: usize) -> usize {
+        let rows = item.rows();
+        self.handed = self.handed.after(&item);
+        self.lane.hand_in(item, bytes);
+        rows
+    }
+
+    /// Acknowledges what is stored and was not acknowledged yet.
+    async fn tell<L: AsyncWrite + Unpin>(&mut self, link: &mut L, stored: Counts) -> Result<(), LinkError> {
+        if stored.reports > self.told.reports {
+            write(link, &ReportStored { through: stored.reports }.into()).await?;
+        }
+        if stored.notices > self.told.notices {
+            write(link, &NoticesStored { through: stored.notices }.into()).await?;
+        }
+        self.told = stored;
+        Ok(())
+    }
+
+    fn charge(&self, cost: Cost, now: Instant) -> Duration {
+        let (pause, warning) = self.meter.charge(cost, now.into_std());
+        if let Some(held) = warning {
+            tracing::warn!(
+                endpoint = %self.endpoint, messages = held.messages, bytes = held.bytes, rows = held.rows,
+                paused_ms = held.paused.as_millis(), "An agent hands in more than its limits allow and is read more slowly.",
+            );
+        }
+        pause
+    }
+}
+
+/// Whether a report is the next one; `false` if it was handed in before.
+fn follows(report: &Report, handed: u64) -> Result<bool, LinkError> {
+    if report.weight() > Report::MAX_WEIGHT {
+        return Err(LinkError::Protocol("a report is too heavy"));
+    }
+    if report.sequence == 0 || report.sequence > LAST_NUMBER {
+        return Err(LinkError::Protocol("a report has no number"));
+    }
+    if report.sequence <= handed {
+        return Ok(false);
+    }
+    // The count is the agent's own loss; it can spoil no numbers but its own.
+    let skipped = match report.body {
+        ReportBody::Lost { count } => count,
+        ReportBody::Accepted { .. }
+        | ReportBody::Started { .. }
+        | ReportBody::Refused { .. }
+        | ReportBody::Detections { .. }
+        | ReportBody::Finished { .. }
+        | ReportBody::Items { .. }
+        | ReportBody::Vault { .. } => 0,
+    };
+    if report.sequence - handed - 1 == skipped {
+        Ok(true)
+    } else {
+        Err(LinkError::Protocol("reports were left out"))
+    }
+}
+
+/// Whether notices bring new ones; `false` if all were handed in before.
+fn go_on(notices: &Notices, handed: u64) -> Result<bool, LinkError> {
+    if notices.notices.is_empty() || notices.notices.len() > Notices::MAX {
+        return Err(LinkError::Protocol("no notices, or too many at once"));
+    }
+    if notices.first == 0 || last(notices) > LAST_NUMBER {
+        return Err(LinkError::Protocol("notices have no number"));
+    }
+    Ok(last(notices) > handed)
 }
 
 /// Whether another process holds this identity and answers. The same process coming back is never another.
@@ -204,4 +356,13 @@ async fn goodbye<L: AsyncWrite + Unpin>(link: &mut L, failure: Failure, retry_af
     let ending = failure.code == "manager-ending";
     let _ = write(link, &Goodbye { failure, retry_after_ms }.into()).await;
     if ending { LinkError::Ending } else { LinkError::Protocol("sent away") }
+}
+
+impl From<Failed> for LinkError {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Superseded => Self::Replaced,
+            Failed::Store => Self::Unstorable,
+        }
+    }
 }

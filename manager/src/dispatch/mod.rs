@@ -1,32 +1,52 @@
-//! Hands out what is due, expires what waited too long, flushes what was heard.
+//! Hands out what is due, calls off what was called off, expires what waited too long, flushes what was heard.
 //!
 //! One path serves every case: a nudge carries no data, and a pass asks the store what is due for whoever is
 //! connected here. After a restart or a failure the next pass does what was left.
+//!
+//! **Invariant:** a task is marked as sent before it is sent, and a task that was called off is not sent.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tm_protocol::{
-    ids::EndpointId,
-    message::{Assign, ToAgent},
+    ids::{EndpointId, TaskId},
+    message::{Assign, Cancel, ToAgent},
 };
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agents::{now_ms, registry::Registry},
-    store::{Store, StoreError, due::DueTask},
+    agents::{
+        now_ms,
+        registry::{Command, Registry},
+    },
+    store::{
+        Store, StoreError,
+        due::{DueTask, LiveTask},
+    },
 };
 
 /// How often a pass runs without a nudge.
 const PASS: Duration = Duration::from_secs(5);
 /// How often progress is written down.
 const PROGRESS: Duration = Duration::from_secs(1);
+/// Tasks handed to one endpoint in one pass: fewer than a session's outbox takes.
+const MOST: usize = 32;
+/// Tasks marked as sent in one transaction.
+const BATCH: usize = 500;
 
 /// Runs until the manager ends.
 pub(crate) async fn run(store: Store, registry: Registry, nudge: Arc<Notify>, ending: CancellationToken) {
+    let mut told = Told::default();
     while !ending.is_cancelled() {
-        if let Err(error) = pass(&store, &registry).await {
-            tracing::warn!(%error, "A dispatch pass failed; the next one does its work.");
+        match pass(&store, &registry, &mut told).await {
+            // There is more than one pass takes.
+            Ok(true) => continue,
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "A dispatch pass failed; the next one does its work."),
         }
         tokio::select! {
             () = nudge.notified() => {}
@@ -58,34 +78,243 @@ pub(crate) async fn sweep(store: Store, registry: Registry, ending: Cancellation
     }
 }
 
-async fn pass(store: &Store, registry: &Registry) -> Result<(), StoreError> {
-    for endpoint in registry.connected() {
-        let now = now_ms();
-        for due in store.due_tasks(endpoint, now).await? {
-            if registry.was_sent(endpoint, due.task) {
-                continue;
+/// When agents were last told that a task is called off. They are told again, at most once a pass, until they
+/// say how it ended: also after a reconnect, and a manager that restarts tells everybody anew.
+#[derive(Debug, Default)]
+struct Told(HashMap<TaskId, Instant>);
+
+impl Told {
+    /// Whether it is time to tell (again).
+    fn is_due(&self, task: TaskId, now: Instant) -> bool {
+        self.0.get(&task).is_none_or(|at| now.duration_since(*at) >= PASS)
+    }
+
+    /// Forgets what is no longer called off or has ended.
+    fn keep(&mut self, live: &[LiveTask]) {
+        let cancelled: HashSet<TaskId> =
+            live.iter().filter(|task| task.is_cancelled).map(|task| task.task).collect();
+        self.0.retain(|task, _| cancelled.contains(task));
+    }
+}
+
+/// `true` if there is more to hand out at once.
+async fn pass(store: &Store, registry: &Registry, told: &mut Told) -> Result<bool, StoreError> {
+    let connected: HashSet<EndpointId> = registry.connected().into_iter().collect();
+    let live = store.live_tasks(now_ms()).await?;
+    told.keep(&live);
+    let clock = Instant::now();
+    let mut due: Vec<LiveTask> = Vec::new();
+    let mut each: HashMap<EndpointId, usize> = HashMap::new();
+    let mut has_more = false;
+    for live in live.into_iter().filter(|live| connected.contains(&live.endpoint)) {
+        if live.is_cancelled {
+            if told.is_due(live.task, clock) && call_off(registry, live.endpoint, live.task) {
+                told.0.insert(live.task, clock);
             }
-            let task = due.task;
-            if !registry.assign(endpoint, task, assign(endpoint, due, now)) {
-                break;
+        } else if !registry.was_sent(live.endpoint, live.task) {
+            let count = each.entry(live.endpoint).or_default();
+            if *count < MOST {
+                due.push(live);
+            } else {
+                has_more = true;
             }
+            *count += 1;
         }
     }
-    Ok(())
+    let mut has_sent = false;
+    for part in due.chunks(BATCH) {
+        let now = now_ms();
+        let mut kept = Vec::new();
+        for due in store.claim(part, now).await? {
+            let (endpoint, task, is_fresh) = (due.endpoint, due.task, due.is_fresh);
+            if registry.assign(endpoint, task, assign(due, now)) {
+                has_sent = true;
+            } else if is_fresh {
+                kept.push((endpoint, task));
+            }
+        }
+        if !kept.is_empty() {
+            store.unclaim(&kept, now).await?;
+        }
+    }
+    Ok(has_more && has_sent)
+}
+
+/// Tells an agent that a task is called off. `false` if it must be tried again.
+fn call_off(registry: &Registry, endpoint: EndpointId, task: TaskId) -> bool {
+    let Some((outbox, _)) = registry.standing(endpoint) else { return false };
+    outbox.try_send(Command::Send(Cancel { task }.into())).is_ok()
 }
 
 /// The order as it goes over the wire: times become what is left of them.
-fn assign(endpoint: EndpointId, due: DueTask, now_ms: i64) -> ToAgent {
+fn assign(due: DueTask, now_ms: i64) -> ToAgent {
     let left = |until: i64| u64::try_from(until.saturating_sub(now_ms)).unwrap_or(0);
+    // A task that its agent had accepted before is begun again whatever it waited meanwhile. One that was sent,
+    // not answered and has expired is sent to be answered, and not to be begun.
+    let expires_in_ms = if due.is_accepted { left(due.expires_ms).max(1000) } else { left(due.expires_ms) };
     Assign {
         task: due.task,
-        endpoint,
+        endpoint: due.endpoint,
         spec: due.spec,
-        // A task that its agent had accepted before is begun again whatever it waited meanwhile.
-        expires_in_ms: left(due.expires_ms).max(1000),
+        expires_in_ms,
         deadline_ms: u64::try_from(due.deadline_ms).unwrap_or(0),
         issuer: due.issuer,
         reason: due.reason,
     }
     .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use tm_protocol::task::{ScanLimits, ScanSpec, TaskSpec, TaskState};
+    use tokio::sync::mpsc;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::store::{
+        endpoints::tests::put,
+        tasks::{Order, Recipient},
+        tests::scratch,
+    };
+
+    const HOUR_MS: i64 = 3_600_000;
+
+    struct Lab {
+        store: Store,
+        registry: Registry,
+        endpoint: EndpointId,
+        told: Told,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Lab {
+        async fn start() -> Self {
+            let (store, folder) = scratch().await;
+            let endpoint = put(&store, 1, "web-07", &[], true).await;
+            let registry = Registry::new(Arc::default());
+            Self { store, registry, endpoint, told: Told::default(), _folder: folder }
+        }
+
+        /// Orders so many scans that are to be begun until `expires_in_ms` after now.
+        async fn order(&self, count: usize, expires_in_ms: i64) -> Vec<TaskId> {
+            let limits = ScanLimits::default();
+            let spec = TaskSpec::Scan(ScanSpec { paths: vec![], patterns: vec![], limits });
+            let order =
+                Order { spec: &spec, issuer: "root", reason: "", expires_in_ms, deadline_ms: HOUR_MS };
+            let tasks: Vec<TaskId> = (0..count).map(|_| TaskId::new(Uuid::now_v7())).collect();
+            let recipients = tasks
+                .iter()
+                .map(|task| Recipient {
+                    task: *task,
+                    endpoint: self.endpoint,
+                    host: "web-07".to_owned(),
+                    is_unsupported: false,
+                })
+                .collect();
+            self.store.create_tasks(&order, recipients, now_ms()).await.unwrap();
+            tasks
+        }
+
+        async fn pass(&mut self) -> bool {
+            pass(&self.store, &self.registry, &mut self.told).await.unwrap()
+        }
+    }
+
+    /// What went out: `+` for an order with the seconds that are left to begin it, `-` for a call to end one.
+    fn heard(outbox: &mut mpsc::Receiver<Command>) -> Vec<(char, TaskId, u64)> {
+        let mut heard = Vec::new();
+        while let Ok(command) = outbox.try_recv() {
+            match command {
+                Command::Send(ToAgent::Assign(assign)) => {
+                    heard.push(('+', assign.task, assign.expires_in_ms.div_ceil(1000)));
+                }
+                Command::Send(ToAgent::Cancel(cancel)) => heard.push(('-', cancel.task, 0)),
+                Command::Send(other) => panic!("{other:?}"),
+                Command::AreYouThere(_) | Command::GiveWay => {}
+            }
+        }
+        heard
+    }
+
+    #[tokio::test]
+    async fn an_order_goes_out_once_a_session_and_a_cancel_until_it_is_answered() {
+        let mut lab = Lab::start().await;
+        let task = lab.order(1, HOUR_MS).await[0];
+        lab.pass().await;
+        let mut outbox = lab.registry.enter(lab.endpoint, 1, 7);
+        lab.pass().await;
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('+', task, 3600)]);
+        // A reconnect: it is sent again, whether or not the agent has it.
+        let mut outbox = lab.registry.enter(lab.endpoint, 2, 7);
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('+', task, 3600)]);
+
+        lab.store.cancel_task(task, "root", now_ms()).await.unwrap();
+        lab.pass().await;
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('-', task, 0)], "once a while");
+        // Not answered: after a reconnect it is told again, and the order is not.
+        let mut outbox = lab.registry.enter(lab.endpoint, 3, 7);
+        let earlier = Instant::now().checked_sub(PASS).expect("the machine runs for more than five seconds");
+        lab.told.0.insert(task, earlier);
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('-', task, 0)]);
+        assert_eq!(lab.store.task(task).await.unwrap().unwrap().state, TaskState::Queued);
+    }
+
+    #[tokio::test]
+    async fn who_cannot_be_reached_has_not_been_sent_anything() {
+        let mut lab = Lab::start().await;
+        // More than one outbox takes. The session reads nothing for a while.
+        let tasks = lab.order(100, HOUR_MS).await;
+        let mut outbox = lab.registry.enter(lab.endpoint, 1, 7);
+        while lab.pass().await {}
+        let held = heard(&mut outbox);
+        assert!((MOST..100).contains(&held.len()), "{}", held.len());
+        let unsent: Vec<TaskId> =
+            tasks.iter().filter(|task| !held.iter().any(|(_, sent, _)| sent == *task)).copied().collect();
+        lab.registry.leave(lab.endpoint, 1);
+        lab.store.cancel_task(unsent[0], "root", now_ms()).await.unwrap();
+        let row = lab.store.task(unsent[0]).await.unwrap().unwrap();
+        assert_eq!(row.state, TaskState::Cancelled, "it never left");
+        lab.store.cancel_task(held[0].1, "root", now_ms()).await.unwrap();
+        let row = lab.store.task(held[0].1).await.unwrap().unwrap();
+        assert_eq!(row.state, TaskState::Queued, "it may have arrived");
+
+        // A session that reads gets all the others, each once.
+        let mut outbox = lab.registry.enter(lab.endpoint, 2, 7);
+        let mut all = Vec::new();
+        for _ in 0..10 {
+            lab.pass().await;
+            all.extend(heard(&mut outbox));
+        }
+        let orders: Vec<TaskId> = all.iter().filter(|(c, ..)| *c == '+').map(|(_, task, _)| *task).collect();
+        let distinct: HashSet<TaskId> = orders.iter().copied().collect();
+        assert_eq!((orders.len(), distinct.len()), (98, 98));
+        assert!(!distinct.contains(&unsent[0]) && !distinct.contains(&held[0].1));
+        assert!(all.contains(&('-', held[0].1, 0)));
+    }
+
+    #[tokio::test]
+    async fn an_order_that_expired_unanswered_is_sent_to_be_answered_and_not_to_be_begun() {
+        let mut lab = Lab::start().await;
+        let task = lab.order(1, 50).await[0];
+        let mut outbox = lab.registry.enter(lab.endpoint, 1, 7);
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox).len(), 1);
+        while lab.store.task(task).await.unwrap().unwrap().expires_ms >= now_ms() {
+            tokio::task::yield_now().await;
+        }
+        let mut outbox = lab.registry.enter(lab.endpoint, 2, 7);
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('+', task, 0)]);
+        // One that was never sent and has expired is not sent any more.
+        let unsent = lab.order(1, 1).await[0];
+        while lab.store.task(unsent).await.unwrap().unwrap().expires_ms >= now_ms() {
+            tokio::task::yield_now().await;
+        }
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), []);
+    }
 }

@@ -29,6 +29,7 @@ pub(crate) async fn list(
             Connectivity::Connected => true,
             Connectivity::Disconnected => false,
         }),
+        query: query.query,
     };
     Ok(Json(state.store.endpoints(&filter).await?.into_iter().map(view).collect()))
 }
@@ -89,7 +90,8 @@ pub(crate) fn candidates(rows: &[EndpointRow]) -> Vec<Candidate> {
         .collect()
 }
 
-fn view(row: EndpointRow) -> EndpointView {
+/// A row as clients see it.
+pub(crate) fn view(row: EndpointRow) -> EndpointView {
     EndpointView {
         id: row.id.to_string(),
         host: row.host,

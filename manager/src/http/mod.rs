@@ -6,11 +6,16 @@
 
 mod accounts;
 mod audit;
+mod cleanups;
 mod endpoints;
 mod error;
+mod events;
 mod input;
+mod orders;
 mod patterns;
+mod restores;
 mod scans;
+mod status;
 mod tasks;
 mod tokens;
 mod version;
@@ -98,9 +103,18 @@ pub(crate) static ROUTES: &[Route] = &[
     route(Method::PUT, "/v1/endpoints/{target}/group", Permission::ChangeEndpoints, |m| {
         on(m, endpoints::set_group)
     }),
+    route(Method::GET, "/v1/endpoints/{target}/why", Permission::ReadStatus, |m| on(m, status::why)),
+    route(Method::GET, "/v1/status", Permission::ReadStatus, |m| on(m, status::show)),
+    route(Method::GET, "/v1/events", Permission::ReadEvents, |m| on(m, events::list)),
+    route(Method::GET, "/v1/incidents", Permission::ReadIncidents, |m| on(m, events::incidents)),
+    route(Method::GET, "/v1/vault", Permission::ReadVaults, |m| on(m, restores::list)),
+    route(Method::POST, "/v1/cleanups", Permission::OrderCleanup, |m| on(m, cleanups::run)),
+    route(Method::POST, "/v1/restores", Permission::OrderRestore, |m| on(m, restores::run)),
     route(Method::POST, "/v1/scans", Permission::OrderTasks, |m| on(m, scans::start)),
     route(Method::GET, "/v1/tasks", Permission::ReadTasks, |m| on(m, tasks::list)),
     route(Method::GET, "/v1/tasks/{id}", Permission::ReadTasks, |m| on(m, tasks::show)),
+    route(Method::POST, "/v1/tasks/{id}/cancel", Permission::CancelTasks, |m| on(m, tasks::cancel)),
+    route(Method::GET, "/v1/tasks/{id}/items", Permission::ReadTasks, |m| on(m, tasks::items)),
     route(Method::GET, "/v1/tasks/{id}/detections", Permission::ReadTasks, |m| on(m, tasks::detections)),
     Route {
         method: Method::POST,

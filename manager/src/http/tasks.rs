@@ -1,22 +1,30 @@
 //! `/v1/tasks`: how far orders have come.
 
-use axum::{Json, extract::State};
+use axum::{Extension, Json, extract::State};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use tm_api::{
     Page, PageQuery,
-    task::{DetectionView, ProgressView, ScanResult, SkippedView, TaskQuery, TaskResult, TaskView},
+    error::Code,
+    task::{DetectionView, ItemView, ProgressView, ScanResult, SkippedView, TaskQuery, TaskResult, TaskView},
 };
-use tm_protocol::{ids::TaskId, text::escape};
+use tm_protocol::{
+    ids::TaskId,
+    report::Verdict,
+    task::TaskState,
+    text::{escape, escape_for_display},
+};
 
 use super::{
-    AppState, endpoints,
+    Actor, AppState, endpoints,
     error::Error,
     input::{self, Named, Params},
-    rfc3339,
+    now_ms, rfc3339,
 };
 use crate::store::{
     Store, StoreError,
-    tasks::{DetectionRow, ResultRow, TaskFilter, TaskRow},
+    cancels::Cancelled,
+    items::ItemRow,
+    tasks::{DetectionRow, ResultRow, ScanRow, TaskFilter, TaskRow},
 };
 
 /// Rows of a list if the client does not say.
@@ -31,7 +39,7 @@ pub(crate) async fn list(
         Some(target) => Some(endpoints::one(&state.store, target).await?.id),
         None => None,
     };
-    let filter = TaskFilter { id: None, endpoint, state: query.state };
+    let filter = TaskFilter { endpoint, state: query.state, ..TaskFilter::default() };
     let rows = state.store.tasks(&filter, limit).await?;
     Ok(Json(rows.into_iter().map(view).collect::<Result<_, _>>()?))
 }
@@ -50,6 +58,39 @@ pub(crate) async fn detections(
     let rows = state.store.detections(task, after, limit + 1).await?;
     let views = rows.into_iter().map(|row| detection_view(task, row)).collect();
     Ok(Json(super::page_of(views, limit, |view| view.id)))
+}
+
+pub(crate) async fn items(
+    State(state): State<AppState>,
+    Named(id): Named,
+    Params(query): Params<PageQuery>,
+) -> Result<Json<Page<ItemView>>, Error> {
+    let (after, limit) = input::page(&query)?;
+    let task = one(&state.store, &id).await?.id;
+    let rows = state.store.items(task, after, limit + 1).await?;
+    let views = rows.into_iter().map(|row| item_view(task, row)).collect();
+    Ok(Json(super::page_of(views, limit, |view| view.id)))
+}
+
+pub(crate) async fn cancel(
+    State(state): State<AppState>,
+    Extension(actor): Extension<Actor>,
+    Named(id): Named,
+) -> Result<Json<TaskView>, Error> {
+    let unknown = || Error::not_found("task", &id);
+    let parsed: TaskId = id.parse().map_err(|_| unknown())?;
+    match state.store.cancel_task(parsed, &actor.name, now_ms()).await? {
+        Cancelled::Unknown => Err(unknown()),
+        Cancelled::Ended(row) => {
+            let why = row.code.map(|code| format!(" ({})", escape_for_display(&code))).unwrap_or_default();
+            Err(Error::new(Code::Conflict, format!("task {} has ended already: {}{why}", row.id, row.state))
+                .hint(format!("see what it did with `tmctl task show {}`", row.id)))
+        }
+        Cancelled::Yes(row) => {
+            state.nudge.notify_one();
+            Ok(Json(view(*row)?))
+        }
+    }
 }
 
 async fn one(store: &Store, id: &str) -> Result<TaskRow, Error> {
@@ -77,9 +118,9 @@ pub(crate) fn view(row: TaskRow) -> Result<TaskView, StoreError> {
             detections: progress.detections,
             skipped: progress.skipped,
         }),
-        result: row.result.map(result_view).transpose()?.map(TaskResult::Scan),
-        dry_run: false,
-        cancelling: false,
+        result: row.result.map(|result| result_view(result, row.state)).transpose()?,
+        dry_run: row.dry_run,
+        cancelling: row.cancel_ms.is_some() && !row.state.is_final(),
         issuer: row.issuer,
         reason: row.reason,
         created_at: rfc3339(row.created_ms),
@@ -89,7 +130,21 @@ pub(crate) fn view(row: TaskRow) -> Result<TaskView, StoreError> {
     })
 }
 
-fn result_view(row: ResultRow) -> Result<ScanResult, StoreError> {
+fn result_view(row: ResultRow, state: TaskState) -> Result<TaskResult, StoreError> {
+    match row {
+        ResultRow::Scan(row) => {
+            let mut view = scan_view(row)?;
+            // What a scan did not come to is not clean.
+            if state != TaskState::Done && view.verdict == Verdict::Clean {
+                view.verdict = Verdict::Incomplete;
+            }
+            Ok(TaskResult::Scan(view))
+        }
+        ResultRow::Treatment(tally) => Ok(TaskResult::Treatment(tally)),
+    }
+}
+
+fn scan_view(row: ScanRow) -> Result<ScanResult, StoreError> {
     let mut skipped_paths = Vec::with_capacity(row.samples.len());
     for sample in row.samples {
         let (path, member) = sample.place()?;
@@ -115,8 +170,8 @@ fn result_view(row: ResultRow) -> Result<ScanResult, StoreError> {
 fn detection_view(task: TaskId, row: DetectionRow) -> DetectionView {
     DetectionView {
         id: row.ordinal,
-        key: String::new(),
-        incident: None,
+        key: row.key,
+        incident: row.incident,
         task: task.to_string(),
         endpoint: row.endpoint,
         path: escape(&row.path),
@@ -128,6 +183,23 @@ fn detection_view(task: TaskId, row: DetectionRow) -> DetectionView {
         sha256: row.sha256,
         size: row.size,
         found_at: rfc3339(row.found_ms),
+    }
+}
+
+fn item_view(task: TaskId, row: ItemRow) -> ItemView {
+    ItemView {
+        id: row.ordinal,
+        task: task.to_string(),
+        endpoint: row.endpoint,
+        path: escape(&row.path),
+        path_b64: STANDARD.encode(&row.path),
+        vault: row.vault,
+        sha256: row.sha256,
+        size: row.size,
+        verdict: row.verdict,
+        failure: row.failure,
+        notes: row.notes,
+        detections: row.detections,
     }
 }
 

@@ -1,84 +1,234 @@
 //! What is due for whom, and what is overdue.
+//!
+//! **Invariant:** a task is marked as sent, durably, before it is handed to its agent: what is not marked was
+//! never heard of there and can be ended here alone.
 
-use sqlx::Row as _;
+use sqlx::{Row as _, any::AnyRow};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
-    task::TaskSpec,
+    task::{TaskKind, TaskSpec, TaskState},
 };
 
-use super::{Store, StoreError, tasks::spec_from_json};
+use super::{
+    Store, StoreError, Tx,
+    outcomes::{self, End, Head},
+    specs,
+    tasks::json,
+};
 
-/// A task that its endpoint has not ended.
+/// A task that has not ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LiveTask {
+    pub(crate) task: TaskId,
+    pub(crate) endpoint: EndpointId,
+    /// Somebody called it off.
+    pub(crate) is_cancelled: bool,
+}
+
+/// A task to be handed to its agent.
 #[derive(Debug)]
 pub(crate) struct DueTask {
     pub(crate) task: TaskId,
+    pub(crate) endpoint: EndpointId,
     pub(crate) spec: TaskSpec,
     pub(crate) expires_ms: i64,
     pub(crate) deadline_ms: i64,
     pub(crate) issuer: String,
     pub(crate) reason: String,
+    /// Its agent has said that it has it.
+    pub(crate) is_accepted: bool,
+    /// It was marked as sent just now.
+    pub(crate) is_fresh: bool,
 }
 
-/// Tasks handed to one endpoint in one pass.
-const MOST: i64 = 100;
 /// How long after every limit a task that nobody ended is given up.
 const GRACE_MS: i64 = 600_000;
+/// Tasks ended in one transaction.
+const BATCH: i64 = 500;
 
 impl Store {
-    /// Tasks of `endpoint` that are not ended, oldest first. One that waits and has expired is not among them.
-    pub(crate) async fn due_tasks(
-        &self,
-        endpoint: EndpointId,
-        now_ms: i64,
-    ) -> Result<Vec<DueTask>, StoreError> {
+    /// Every task that has not ended and has not expired unsent, oldest first, of connected endpoints.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub(crate) async fn live_tasks(&self, now_ms: i64) -> Result<Vec<LiveTask>, StoreError> {
+        // Those that are away are not asked about: there may be very many of them, for days.
         sqlx::query(
-            "SELECT id, spec, expires_ms, deadline_ms, issuer, reason FROM task
-             WHERE endpoint_id = $1 AND (state IN ('delivered', 'running') OR (state = 'queued' AND expires_ms > $2))
-             ORDER BY created_ms, id LIMIT $3",
+            "SELECT task.id, task.endpoint_id, task.cancel_ms FROM task
+             JOIN endpoint ON endpoint.id = task.endpoint_id
+             WHERE task.state IN ('queued', 'delivered', 'running') AND endpoint.manager_id IS NOT NULL
+               AND (task.state <> 'queued' OR task.sent_ms IS NOT NULL OR task.expires_ms > $1)
+             ORDER BY task.created_ms, task.id",
         )
-        .bind(endpoint.to_string())
         .bind(now_ms)
-        .bind(MOST)
         .fetch_all(self.reader())
         .await
         .map_err(StoreError::query("find due tasks"))?
         .iter()
         .map(|row| {
-            let id: String = row.get(0);
-            Ok(DueTask {
-                task: id.parse().map_err(|_| StoreError::content("task id", id))?,
-                spec: spec_from_json(row.get::<String, _>(1).as_str())?,
-                expires_ms: row.get(2),
-                deadline_ms: row.get(3),
-                issuer: row.get(4),
-                reason: row.get(5),
+            let (task, endpoint): (String, String) = (row.get(0), row.get(1));
+            Ok(LiveTask {
+                task: task.parse().map_err(|_| StoreError::content("task id", task))?,
+                endpoint: endpoint.parse().map_err(|_| StoreError::content("endpoint id", endpoint))?,
+                is_cancelled: row.get::<Option<i64>, _>(2).is_some(),
             })
         })
         .collect()
     }
 
-    /// Ends what waited too long and what no agent ended. Returns how many.
-    pub(crate) async fn expire_tasks(&self, now_ms: i64) -> Result<u64, StoreError> {
+    /// Marks tasks as sent and gives what is to be sent. Left out is what was called off or has ended meanwhile;
+    /// refused is what the endpoint's agent does not know.
+    ///
+    /// # Errors
+    /// If the database refuses; nothing is then marked.
+    pub(crate) async fn claim(&self, tasks: &[LiveTask], now_ms: i64) -> Result<Vec<DueTask>, StoreError> {
         let mut tx = self.begin().await?;
-        let expired = sqlx::query(
-            "UPDATE task SET state = 'expired', code = 'expired', finished_ms = $1,
-             message = 'the endpoint did not take the task in time' WHERE state = 'queued' AND expires_ms <= $1",
-        )
-        .bind(now_ms)
-        .execute(&mut *tx)
-        .await
-        .map_err(StoreError::query("expire tasks"))?;
-        let lost = sqlx::query(
-            "UPDATE task SET state = 'failed', code = 'timeout', finished_ms = $1,
-             message = 'the endpoint did not say how the task ended'
-             WHERE state IN ('delivered', 'running') AND expires_ms + deadline_ms + $2 <= $1",
-        )
-        .bind(now_ms)
-        .bind(GRACE_MS)
-        .execute(&mut *tx)
-        .await
-        .map_err(StoreError::query("give tasks up"))?;
+        let mut due = Vec::with_capacity(tasks.len());
+        for LiveTask { task, endpoint, .. } in tasks {
+            let marked = sqlx::query(
+                "UPDATE task SET sent_ms = $2
+                 WHERE id = $1 AND state = 'queued' AND sent_ms IS NULL AND cancel_ms IS NULL",
+            )
+            .bind(task.to_string())
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await
+            .map_err(StoreError::query("mark a task as sent"))?;
+            let is_fresh = marked.rows_affected() > 0;
+            let row = sqlx::query(
+                "SELECT task.spec, task.expires_ms, task.deadline_ms, task.issuer, task.reason, task.kind,
+                        endpoint.task_kinds, task.dry_run, task.state
+                 FROM task JOIN endpoint ON endpoint.id = task.endpoint_id
+                 WHERE task.id = $1 AND task.cancel_ms IS NULL
+                   AND task.state IN ('queued', 'delivered', 'running')",
+            )
+            .bind(task.to_string())
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(StoreError::query("read a due task"))?;
+            let Some(row) = row else { continue };
+            let head = head(&row, *task, *endpoint)?;
+            let kinds: Vec<u16> = json("task kinds", &row.get::<String, _>(6))?;
+            if !kinds.contains(&head.kind.number()) {
+                outcomes::lock(&mut tx, *endpoint).await?;
+                let end = End::refused(outcomes::unsupported(head.kind));
+                outcomes::conclude(&mut tx, &head, end, now_ms).await?;
+                continue;
+            }
+            due.push(DueTask {
+                task: *task,
+                endpoint: *endpoint,
+                spec: specs::from_json(&row.get::<String, _>(0))?,
+                expires_ms: row.get(1),
+                deadline_ms: row.get(2),
+                issuer: row.get(3),
+                reason: row.get(4),
+                is_accepted: head.state != TaskState::Queued,
+                is_fresh,
+            });
+        }
         Self::commit(tx).await?;
-        Ok(expired.rows_affected() + lost.rows_affected())
+        Ok(due)
     }
+
+    /// Takes the mark back from tasks that could not be handed over after all.
+    ///
+    /// # Errors
+    /// If the database refuses; they then count as sent, and are sent again.
+    pub(crate) async fn unclaim(
+        &self,
+        tasks: &[(EndpointId, TaskId)],
+        now_ms: i64,
+    ) -> Result<(), StoreError> {
+        let mut tx = self.begin().await?;
+        for (endpoint, task) in tasks {
+            outcomes::lock(&mut tx, *endpoint).await?;
+            sqlx::query("UPDATE task SET sent_ms = NULL WHERE id = $1 AND state = 'queued'")
+                .bind(task.to_string())
+                .execute(&mut *tx)
+                .await
+                .map_err(StoreError::query("take a task back"))?;
+            let called_off = sqlx::query("SELECT 1 FROM task WHERE id = $1 AND cancel_ms IS NOT NULL")
+                .bind(task.to_string())
+                .fetch_optional(&mut *tx)
+                .await
+                .map_err(StoreError::query("look whether a task was called off"))?;
+            if called_off.is_some()
+                && let Some(head) = outcomes::head(&mut tx, *endpoint, *task).await?
+                && head.state == TaskState::Queued
+            {
+                outcomes::conclude(&mut tx, &head, End::cancelled(), now_ms).await?;
+            }
+        }
+        Self::commit(tx).await
+    }
+
+    /// Ends what waited too long and what no agent ended. Returns how many.
+    ///
+    /// A task that was sent and not answered may have been begun: like one that was accepted, it is given up only
+    /// when it must have ended by its own limits.
+    ///
+    /// # Errors
+    /// If the database refuses; what was ended before that stays ended.
+    pub(crate) async fn expire_tasks(&self, now_ms: i64) -> Result<u64, StoreError> {
+        let mut ended = 0;
+        loop {
+            let mut tx = self.begin().await?;
+            let late = late(&mut tx, now_ms).await?;
+            let mut moved = 0;
+            for task in &late {
+                outcomes::lock(&mut tx, task.endpoint).await?;
+                // As it is now that nobody else can move it.
+                let Some(head) = outcomes::head(&mut tx, task.endpoint, task.id).await? else { continue };
+                let end = match (head.state, task.was_sent) {
+                    (TaskState::Queued, false) => End::expired(),
+                    (_, _) => End::given_up(),
+                };
+                moved += u64::from(outcomes::conclude(&mut tx, &head, end, now_ms).await?);
+            }
+            Self::commit(tx).await?;
+            ended += moved;
+            if i64::try_from(late.len()).unwrap_or(i64::MAX) < BATCH || moved == 0 {
+                return Ok(ended);
+            }
+        }
+    }
+}
+
+fn head(row: &AnyRow, id: TaskId, endpoint: EndpointId) -> Result<Head, StoreError> {
+    let (kind, state): (String, String) = (row.get(5), row.get(8));
+    let kind: TaskKind = outcomes::kind(&kind)?;
+    let state = TaskState::from_word(&state).ok_or_else(|| StoreError::content("task state", state))?;
+    Ok(Head { id, endpoint, kind, dry_run: row.get::<i64, _>(7) != 0, state })
+}
+
+struct Late {
+    id: TaskId,
+    endpoint: EndpointId,
+    was_sent: bool,
+}
+
+async fn late(tx: &mut Tx, now_ms: i64) -> Result<Vec<Late>, StoreError> {
+    sqlx::query(
+        "SELECT id, endpoint_id, sent_ms FROM task
+         WHERE state IN ('queued', 'delivered', 'running') AND expires_ms <= $1
+           AND ((state = 'queued' AND sent_ms IS NULL) OR expires_ms + deadline_ms + $2 <= $1)
+         ORDER BY endpoint_id LIMIT $3",
+    )
+    .bind(now_ms)
+    .bind(GRACE_MS)
+    .bind(BATCH)
+    .fetch_all(&mut **tx)
+    .await
+    .map_err(StoreError::query("find what waited too long"))?
+    .iter()
+    .map(|row| {
+        let (id, endpoint): (String, String) = (row.get(0), row.get(1));
+        Ok(Late {
+            id: id.parse().map_err(|_| StoreError::content("task id", id))?,
+            endpoint: endpoint.parse().map_err(|_| StoreError::content("endpoint id", endpoint))?,
+            was_sent: row.get::<Option<i64>, _>(2).is_some(),
+        })
+    })
+    .collect()
 }

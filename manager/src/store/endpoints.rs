@@ -6,17 +6,20 @@
 use std::{collections::HashMap, net::IpAddr};
 
 use serde::Deserialize;
-use serde_json::json;
 use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
+use tm_api::status::Query;
 use tm_protocol::{
     ids::EndpointId,
     message::Disk,
     search::{Term, address_key},
+    task::TaskKind,
 };
 
 use super::{
     Store, StoreError,
     audit::{self, Entry},
+    overview,
+    tasks::json,
 };
 
 /// Most endpoints named where a target means none or several.
@@ -30,11 +33,20 @@ pub(crate) struct EndpointRow {
     pub(crate) addresses: Vec<String>,
     pub(crate) group: String,
     pub(crate) connected: bool,
+    /// Numbers of the kinds of task that its agent knows; empty until it has connected once.
+    pub(crate) task_kinds: Vec<u16>,
     pub(crate) agent_version: String,
     pub(crate) enrolled_ms: i64,
     pub(crate) last_seen_ms: Option<i64>,
     pub(crate) failure: Option<FailureRow>,
     pub(crate) inventory: Option<InventoryRow>,
+}
+
+impl EndpointRow {
+    /// Whether its agent can be ordered tasks of this kind. One that never connected may yet say so.
+    pub(crate) fn knows(&self, kind: TaskKind) -> bool {
+        self.task_kinds.is_empty() || self.task_kinds.contains(&kind.number())
+    }
 }
 
 /// Why an agent last failed to connect.
@@ -65,6 +77,8 @@ pub(crate) struct Filter {
     pub(crate) terms: Vec<Term>,
     pub(crate) group: Option<String>,
     pub(crate) connected: Option<bool>,
+    /// Those that this query of the overview counts.
+    pub(crate) query: Option<Query>,
 }
 
 /// What a target means.
@@ -109,6 +123,14 @@ impl Store {
         }
     }
 
+    /// One endpoint.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub(crate) async fn endpoint(&self, id: EndpointId) -> Result<Option<EndpointRow>, StoreError> {
+        Ok(self.endpoints_where(&Condition::target(&id.to_string())).await?.pop())
+    }
+
     /// Moves an endpoint to another group.
     ///
     /// # Errors
@@ -131,11 +153,31 @@ impl Store {
             actor,
             action: "endpoint.set-group",
             subject: &endpoint.id.to_string(),
-            detail: json!({ "host": endpoint.host, "from": endpoint.group, "to": group }),
+            detail: serde_json::json!({ "host": endpoint.host, "from": endpoint.group, "to": group }),
             at_ms: now_ms,
         };
         audit::append(&mut tx, entry).await?;
         Self::commit(tx).await
+    }
+
+    /// The ids of at most `limit` endpoints that fit, in no order.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub(super) async fn endpoint_ids(
+        &self,
+        filter: &Filter,
+        limit: usize,
+    ) -> Result<Vec<EndpointId>, StoreError> {
+        let condition = Condition::of(filter);
+        let sql = format!("SELECT id FROM endpoint WHERE {} LIMIT {limit}", condition.sql);
+        let rows = condition.fetch(self, sql).await.map_err(StoreError::query("find endpoints"))?;
+        rows.iter()
+            .map(|row| {
+                let id: String = row.get(0);
+                id.parse().map_err(|_| StoreError::content("endpoint id", id))
+            })
+            .collect()
     }
 
     async fn endpoints_where(&self, condition: &Condition) -> Result<Vec<EndpointRow>, StoreError> {
@@ -145,7 +187,7 @@ impl Store {
                 self,
                 format!(
                     "SELECT id, host, group_name, manager_id, agent_version, enrolled_ms, last_seen_ms,
-                            failure_code, failure_message, failure_ms, inventory
+                            failure_code, failure_message, failure_ms, inventory, task_kinds
                      FROM endpoint WHERE {sql} ORDER BY host_key, id"
                 ),
             )
@@ -174,13 +216,14 @@ impl Store {
 ///
 /// **Invariant:** whatever comes from outside is a value, never part of the text.
 #[derive(Debug, Default)]
-struct Condition {
-    sql: String,
-    values: Vec<String>,
+pub(super) struct Condition {
+    pub(super) sql: String,
+    /// For `$1`, `$2`, …
+    pub(super) values: Vec<String>,
 }
 
 impl Condition {
-    fn of(filter: &Filter) -> Self {
+    pub(super) fn of(filter: &Filter) -> Self {
         let mut condition = Self::default();
         let mut all = vec!["1 = 1".to_owned()];
         if !filter.terms.is_empty() {
@@ -194,6 +237,9 @@ impl Condition {
             Some(true) => all.push("manager_id IS NOT NULL".to_owned()),
             Some(false) => all.push("manager_id IS NULL".to_owned()),
             None => {}
+        }
+        if let Some(query) = filter.query {
+            all.push(overview::condition(query).to_owned());
         }
         condition.sql = all.join(" AND ");
         condition
@@ -262,6 +308,7 @@ fn endpoint(row: &AnyRow, addresses: &mut HashMap<String, Vec<String>>) -> Resul
         host: row.get(1),
         group: row.get(2),
         connected: row.get::<Option<String>, _>(3).is_some(),
+        task_kinds: json("task kinds", &row.get::<String, _>(11))?,
         agent_version: row.get(4),
         enrolled_ms: row.get(5),
         last_seen_ms: row.get(6),
@@ -278,6 +325,7 @@ fn endpoint(row: &AnyRow, addresses: &mut HashMap<String, Vec<String>>) -> Resul
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use serde_json::json;
     use tm_protocol::search::parse;
     use uuid::Uuid;
 
@@ -297,7 +345,7 @@ pub(crate) mod tests {
         sqlx::query(
             "INSERT INTO endpoint (id, host, host_key, group_name, agent_version, enrolled_ms, token_id,
                 manager_id, session_epoch, task_kinds, inventory, stored_through)
-             VALUES ($1, $2, $3, 'default', '0.1.0', 7, 't', $4, 0, '[1]', $5, 0)",
+             VALUES ($1, $2, $3, 'default', '0.1.0', 7, 't', $4, 0, '[1,2,3]', $5, 0)",
         )
         .bind(id.to_string())
         .bind(host.to_owned())
@@ -324,6 +372,11 @@ pub(crate) mod tests {
         }
         Store::commit(tx).await.unwrap();
         id
+    }
+
+    /// Ends every session, as the sessions would.
+    pub(crate) async fn disconnect_all(tx: &mut super::super::Tx) {
+        sqlx::query("UPDATE endpoint SET manager_id = NULL").execute(&mut **tx).await.unwrap();
     }
 
     async fn five() -> (Store, tempfile::TempDir) {
@@ -367,6 +420,7 @@ pub(crate) mod tests {
             connected: Some(false),
             terms: parse("endpoint").unwrap(),
             group: Some("default".to_owned()),
+            query: None,
         };
         assert_eq!(hosts(&store.endpoints(&away).await.unwrap()), ["endpointX001"]);
         let elsewhere = Filter { group: Some("' OR 1=1 --".to_owned()), ..Filter::default() };

@@ -10,26 +10,47 @@
 
 pub(crate) mod accounts;
 pub(crate) mod audit;
+pub(crate) mod cancels;
+pub(crate) mod cleanups;
+mod detections;
 pub(crate) mod due;
 pub(crate) mod endpoints;
 pub(crate) mod enrollments;
+pub(crate) mod events;
+pub(crate) mod incidents;
+pub(crate) mod items;
+mod notices;
+mod outcomes;
+pub(crate) mod overview;
 pub(crate) mod patterns;
 pub(crate) mod reports;
+pub(crate) mod restores;
 pub(crate) mod sessions;
+mod specs;
+pub(crate) mod streams;
 pub(crate) mod tasks;
 pub(crate) mod tokens;
+pub(crate) mod vault;
+
+#[cfg(test)]
+mod story;
 
 use std::{str::FromStr as _, time::Duration};
 
 use sqlx::{
-    Any, AnyPool, Executor as _, Transaction,
+    Any, AnyPool, Connection as _, Executor as _, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
+use tm_protocol::report::Failure;
 
 /// Connections for reading. SQLite's readers do not wait for its writer (WAL).
 const READERS: u32 = 4;
 /// How long a statement waits for another process's lock, then for a connection of the pool.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// SQLite's codes that pass by themselves or when somebody makes room: busy (in its variants), full, and what a
+/// full disk or quota looks like where the file system says it late.
+const PASSING: [&str; 9] = ["5", "13", "261", "517", "773", "778", "1034", "4874", "5386"];
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("src/store/migrations");
 
@@ -81,13 +102,14 @@ impl StoreError {
     pub(crate) fn is_passing(&self) -> bool {
         match self {
             Self::Open(source) | Self::Query { source, .. } => {
-                // SQLITE_BUSY, SQLITE_FULL and friends; PostgreSQL class 53 and 57.
+                // PostgreSQL: a deadlock's victim, out of resources, an operator's intervention.
                 let code = source.as_database_error().and_then(sqlx::error::DatabaseError::code);
                 matches!(source, sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed)
                     || code.is_some_and(|code| {
-                        matches!(code.as_ref(), "5" | "13" | "261" | "517")
-                            || code.starts_with("53")
-                            || code.starts_with("57")
+                        PASSING.contains(&code.as_ref())
+                            || ["40", "53", "57"]
+                                .iter()
+                                .any(|class| code.len() == 5 && code.starts_with(class))
                     })
             }
             Self::Address(_) | Self::Migrate(_) | Self::Content { .. } => false,
@@ -114,8 +136,16 @@ impl Store {
         };
         let options = AnyConnectOptions::from_str(&address).map_err(StoreError::Open)?;
         let pool = |size| {
-            AnyPoolOptions::new().max_connections(size).acquire_timeout(PATIENCE).after_connect(
-                move |connection, _| {
+            AnyPoolOptions::new()
+                .max_connections(size)
+                .acquire_timeout(PATIENCE)
+                // On a full disk SQLite ends a transaction by itself, and the driver then takes the connection for
+                // being in one for ever. Such a connection is closed and another one opened.
+                .before_acquire(move |connection, _| {
+                    let is_idle = engine != Engine::Sqlite || !connection.is_in_transaction();
+                    Box::pin(async move { Ok(is_idle) })
+                })
+                .after_connect(move |connection, _| {
                     Box::pin(async move {
                         if engine == Engine::Sqlite {
                             connection.execute("PRAGMA busy_timeout = 10000").await?;
@@ -125,8 +155,7 @@ impl Store {
                         }
                         Ok(())
                     })
-                },
-            )
+                })
         };
         let write = match engine {
             Engine::Sqlite => pool(1).connect_with(options.clone()).await.map_err(StoreError::Open)?,
@@ -174,15 +203,48 @@ impl Store {
     }
 }
 
+/// A text that an agent supplied, as it is kept: at most `most` bytes, and without the one character that
+/// PostgreSQL cannot store.
+fn agent_text(text: &str, most: usize) -> String {
+    let end = (0..=most.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text[..end].replace('\0', "\u{fffd}")
+}
+
+/// A failure that an agent supplied, as it is kept.
+fn agent_failure(failure: &Failure) -> Failure {
+    const MAX_CODE: usize = 64;
+    Failure {
+        code: agent_text(&failure.code, MAX_CODE),
+        message: agent_text(&failure.message, Failure::MAX_TEXT),
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
 
-    /// A store on a file of its own. The folder lives as long as the guard.
+    /// A store of its own: on a file, or with `TM_TEST_POSTGRES` (the address of a server, without a database) in
+    /// a new database there. The folder lives as long as the guard.
     pub(crate) async fn scratch() -> (Store, tempfile::TempDir) {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let url = format!("sqlite:{}", folder.path().join("store.db").display());
+        let url = match std::env::var("TM_TEST_POSTGRES") {
+            Err(_) => format!("sqlite:{}", folder.path().join("store.db").display()),
+            Ok(server) => {
+                sqlx::any::install_default_drivers();
+                let name = format!("t{}", uuid::Uuid::now_v7().simple());
+                let admin = AnyPool::connect(&format!("{server}/postgres")).await.expect("a server");
+                let create = sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"));
+                admin.execute(sqlx::query(create)).await.expect("a new database");
+                admin.close().await;
+                format!("{server}/{name}")
+            }
+        };
         (Store::open(&url).await.expect("a fresh store opens"), folder)
+    }
+
+    /// Whether a test of what only SQLite has can run.
+    pub(crate) fn is_sqlite(store: &Store) -> bool {
+        store.engine == Engine::Sqlite
     }
 
     #[tokio::test]
@@ -193,5 +255,131 @@ pub(crate) mod tests {
         assert!(
             matches!(Store::open("mysql://user:secret@host/db").await, Err(StoreError::Address(a)) if a == "host/db")
         );
+    }
+
+    /// SQLite on a full disk: what is asked is refused as passing, what is there is read, what was begun is void,
+    /// and when there is room again work goes on without a restart.
+    #[tokio::test]
+    async fn a_full_disk_is_passing_and_costs_nothing_that_was_stored() {
+        let (store, _folder) = scratch().await;
+        if !is_sqlite(&store) {
+            return;
+        }
+        let endpoint = endpoints::tests::put(&store, 1, "a", &[], true).await;
+        let limit = async |pages: &str| {
+            let sql = sqlx::AssertSqlSafe(format!("PRAGMA max_page_count = {pages}"));
+            store.write.execute(sqlx::query(sql)).await.unwrap();
+        };
+        let message = "m".repeat(2000);
+        let write = async |n: i64| {
+            let mut tx = store.begin().await?;
+            for _ in 0..50 {
+                let event = events::NewEvent {
+                    endpoint,
+                    kind: tm_api::event::EventKind::Agent,
+                    status: tm_api::event::EventStatus::Noted,
+                    detail: "d",
+                    message: &message,
+                    task: None,
+                    incident: None,
+                    at_ms: n,
+                };
+                events::append(&mut tx, event).await?;
+            }
+            Store::commit(tx).await
+        };
+        let count = async || {
+            let all = events::EventFilter::default();
+            store.events(&all, false, 1000).await.unwrap().len()
+        };
+        write(1).await.unwrap();
+        for _ in 0..3 {
+            // No page more than there are now.
+            limit("1").await;
+            let error = write(2).await.unwrap_err();
+            assert!(error.is_passing(), "{error:?}");
+            assert_eq!(count().await, 50);
+        }
+        limit("1000000").await;
+        write(3).await.unwrap();
+        assert_eq!(count().await, 100);
+    }
+
+    /// The same on a real file system: a small one, filled by somebody else. Mounting needs root.
+    #[tokio::test]
+    async fn a_full_file_system_is_passing() {
+        use std::process::Command;
+
+        let folder = tempfile::tempdir().unwrap();
+        let mount = |args: &[&str]| {
+            let place = folder.path().to_str().unwrap();
+            let mut command = Command::new(args[0]);
+            command.args(&args[1..]).arg(place);
+            command.status().is_ok_and(|status| status.success())
+        };
+        if std::env::var_os("TM_TEST_POSTGRES").is_some()
+            || !mount(&["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=64", "tmpfs"])
+        {
+            eprintln!("not run: no small file system can be mounted here");
+            return;
+        }
+        let outcome = fill_and_free(folder.path()).await;
+        // Lazily: after a failure something may still be open.
+        assert!(mount(&["umount", "-l"]));
+        outcome.unwrap();
+    }
+
+    async fn fill_and_free(folder: &std::path::Path) -> Result<(), String> {
+        let url = format!("sqlite:{}", folder.join("store.db").display());
+        let store = Store::open(&url).await.map_err(|e| e.to_string())?;
+        let endpoint = endpoints::tests::put(&store, 1, "a", &[], true).await;
+        let message = "m".repeat(2000);
+        let write = async || {
+            let mut tx = store.begin().await?;
+            let event = events::NewEvent {
+                endpoint,
+                kind: tm_api::event::EventKind::Agent,
+                status: tm_api::event::EventStatus::Noted,
+                detail: "d",
+                message: &message,
+                task: None,
+                incident: None,
+                at_ms: 1,
+            };
+            events::append(&mut tx, event).await?;
+            Store::commit(tx).await
+        };
+        let count =
+            async || store.events(&events::EventFilter::default(), false, 1000).await.map(|e| e.len());
+        let mut stored = 0;
+        for free_kib in [0_usize, 4, 64, 512] {
+            let ballast = folder.join("ballast");
+            let room = rustix::fs::statvfs(folder).map_err(|e| e.to_string())?;
+            let free = usize::try_from(room.f_bavail * room.f_frsize).unwrap_or(0);
+            std::fs::write(&ballast, vec![0; free.saturating_sub(free_kib * 1024)])
+                .map_err(|e| e.to_string())?;
+            let mut refused = 0;
+            for _ in 0..200 {
+                match write().await {
+                    Ok(()) => stored += 1,
+                    Err(error) if error.is_passing() => refused += 1,
+                    Err(error) => return Err(format!("{free_kib} KiB free: {error:?}")),
+                }
+                if refused > 3 {
+                    break;
+                }
+            }
+            if refused == 0 {
+                return Err(format!("{free_kib} KiB free: the disk was not full"));
+            }
+            if count().await.map_err(|e| format!("{free_kib} KiB free: {e:?}"))? != stored {
+                return Err(format!("{free_kib} KiB free: {stored} were acknowledged"));
+            }
+            std::fs::remove_file(&ballast).map_err(|e| e.to_string())?;
+            write().await.map_err(|e| format!("with room again after {free_kib} KiB: {e:?}"))?;
+            stored += 1;
+        }
+        store.close().await;
+        Ok(())
     }
 }

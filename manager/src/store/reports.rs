@@ -1,223 +1,111 @@
-//! What agents report, written down once.
+//! What agents report, written down once. What a task's end means is `outcomes`, finds are `detections`, items
+//! `items`.
 //!
-//! **Invariant:** a report's effects and its number are committed together, so that a report that comes
-//! again changes nothing.
+//! **Invariant:** a report's effects are in the transaction that counts it (`streams`), so that a report that
+//! comes again changes nothing.
 
-use std::collections::BTreeMap;
-
-use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde::Serialize;
-use sqlx::Row as _;
+use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
-    message::{Outcome, Report, ReportBody},
-    report::{Coverage, Detection, Failure, PathBytes},
+    message::{Report, ReportBody},
     task::TaskState,
 };
 
-use super::{Store, StoreError, Tx};
+use super::{
+    StoreError, Tx, agent_failure, detections,
+    events::{self, NewEvent},
+    items,
+    outcomes::{self, End},
+    vault,
+};
 
-#[derive(Debug, Serialize)]
-struct ScanResultRow<'a> {
-    verdict: tm_protocol::report::Verdict,
-    files: u64,
-    bytes: u64,
-    detections: u64,
-    skipped: BTreeMap<&'static str, u64>,
-    samples: Vec<SampleRow<'a>>,
-    elapsed_ms: u64,
-    cpu_ms: u64,
-}
-
-#[derive(Debug, Serialize)]
-struct SampleRow<'a> {
-    path_b64: String,
-    member_b64: Vec<String>,
-    reason: &'a str,
-}
-
-impl Store {
-    /// Applies reports of one or many agents in one transaction. Reports that are stored already are passed over.
-    pub(crate) async fn record_reports(
-        &self,
-        reports: &[(EndpointId, Report)],
-        now_ms: i64,
-    ) -> Result<(), StoreError> {
-        let mut tx = self.begin().await?;
-        for (endpoint, report) in reports {
-            record(&mut tx, *endpoint, report, now_ms).await?;
-        }
-        Self::commit(tx).await
-    }
-}
-
-async fn record(tx: &mut Tx, endpoint: EndpointId, report: &Report, now_ms: i64) -> Result<(), StoreError> {
-    let sequence = i64::try_from(report.sequence).unwrap_or(i64::MAX);
-    let fresh = sqlx::query("UPDATE endpoint SET stored_through = $2 WHERE id = $1 AND stored_through < $2")
-        .bind(endpoint.to_string())
-        .bind(sequence)
-        .execute(&mut **tx)
-        .await
-        .map_err(StoreError::query("count a report"))?;
-    if fresh.rows_affected() == 0 {
-        return Ok(());
-    }
+/// Applies one report, which has been counted in the same transaction. Of one scan, `most_detections` are stored.
+pub(super) async fn apply(
+    tx: &mut Tx,
+    endpoint: EndpointId,
+    report: &Report,
+    most_detections: i64,
+    now_ms: i64,
+) -> Result<(), StoreError> {
     match &report.body {
-        ReportBody::Accepted { task } => {
-            move_to(tx, endpoint, *task, TaskState::Delivered, None, None, now_ms).await
-        }
-        ReportBody::Started { task } => {
-            move_to(tx, endpoint, *task, TaskState::Running, None, None, now_ms).await
-        }
+        ReportBody::Accepted { task } => move_to(tx, endpoint, *task, TaskState::Delivered, now_ms).await,
+        ReportBody::Started { task } => move_to(tx, endpoint, *task, TaskState::Running, now_ms).await,
         ReportBody::Refused { task, failure } => {
-            move_to(tx, endpoint, *task, TaskState::Refused, Some(failure), None, now_ms).await
+            let Some(head) = outcomes::head(tx, endpoint, *task).await? else { return Ok(()) };
+            outcomes::conclude(tx, &head, End::refused(agent_failure(failure)), now_ms).await?;
+            Ok(())
         }
         ReportBody::Detections { task, detections } => {
-            detect(tx, endpoint, *task, detections, report.at_ms).await
+            let found = detections::Found { detections, at_ms: report.at_ms, most: most_detections };
+            detections::record(tx, endpoint, *task, found, now_ms).await
         }
-        ReportBody::Items { .. } | ReportBody::Vault { .. } | ReportBody::Lost { .. } => Ok(()),
-        ReportBody::Finished { task, outcome } => {
-            let (state, failure, coverage) = match outcome {
-                Outcome::Scanned(coverage) => (TaskState::Done, None, Some(coverage)),
-                Outcome::Treated(_) => (TaskState::Done, None, None),
-                Outcome::TreatedUntilCancelled(_) => (TaskState::Cancelled, None, None),
-                Outcome::TreatedUntilDeadline(_) => (
-                    TaskState::Failed,
-                    Some(Failure::new("deadline", "the task took longer than its order allows")),
-                    None,
-                ),
-                Outcome::Failed(failure) => (TaskState::Failed, Some(failure.clone()), None),
-                Outcome::Cancelled(coverage) => (TaskState::Cancelled, None, coverage.as_ref()),
-                Outcome::Expired => (
-                    TaskState::Expired,
-                    Some(Failure::new("expired", "the task was not begun in time")),
-                    None,
-                ),
+        ReportBody::Items { task, items } => {
+            items::record(tx, endpoint, *task, items, report.at_ms, now_ms).await
+        }
+        ReportBody::Vault { first, items } => vault::record(tx, endpoint, *first, items).await,
+        ReportBody::Lost { count } => {
+            let message = format!(
+                "{} lost on the endpoint, because its journal was damaged",
+                match count.saturating_add(1) {
+                    1 => "1 report was".to_owned(),
+                    lost => format!("{lost} reports were"),
+                }
+            );
+            let event = NewEvent {
+                endpoint,
+                kind: EventKind::Agent,
+                status: EventStatus::Unsuccessful,
+                detail: "reports-lost",
+                message: &message,
+                task: None,
+                incident: None,
+                at_ms: now_ms,
             };
-            let result = coverage.map(result_json).transpose()?;
-            move_to(tx, endpoint, *task, state, failure.as_ref(), result, now_ms).await
+            events::append(tx, event).await
+        }
+        ReportBody::Finished { task, outcome } => {
+            let Some(head) = outcomes::head(tx, endpoint, *task).await? else { return Ok(()) };
+            outcomes::conclude(tx, &head, End::of(outcome, &head), now_ms).await?;
+            Ok(())
         }
     }
 }
 
-/// Moves a task on, if it is this endpoint's and its state allows it; a stranger's task is left alone.
+/// Moves a task on to a state that is not its last, if it is this endpoint's and its state allows it; a
+/// stranger's task is left alone.
 async fn move_to(
     tx: &mut Tx,
     endpoint: EndpointId,
     task: TaskId,
     next: TaskState,
-    failure: Option<&Failure>,
-    result: Option<String>,
     now_ms: i64,
 ) -> Result<(), StoreError> {
-    let from: Vec<&str> =
-        TaskState::ALL.into_iter().filter(|s| s.may_become(next)).map(TaskState::word).collect();
-    let row = sqlx::query("SELECT state FROM task WHERE id = $1 AND endpoint_id = $2")
-        .bind(task.to_string())
-        .bind(endpoint.to_string())
-        .fetch_optional(&mut **tx)
-        .await
-        .map_err(StoreError::query("look a task up"))?;
-    let state: Option<String> = row.map(|row| row.get(0));
-    if !state.as_deref().is_some_and(|state| from.contains(&state)) {
+    let may = outcomes::head(tx, endpoint, task).await?.is_some_and(|head| head.state.may_become(next));
+    if !may {
         tracing::debug!(%endpoint, %task, next = next.word(), "A report changes nothing.");
         return Ok(());
     }
-    let started = (next == TaskState::Running).then_some(now_ms);
-    let finished = next.is_final().then_some(now_ms);
-    sqlx::query(
-        "UPDATE task SET state = $2, code = $3, message = $4, result = $5, started_ms = COALESCE($6, started_ms),
-         finished_ms = COALESCE($7, finished_ms) WHERE id = $1",
-    )
-    .bind(task.to_string())
-    .bind(next.word())
-    .bind(failure.map(|f| f.code.clone()))
-    .bind(failure.map(|f| f.message.clone()))
-    .bind(result)
-    .bind(started)
-    .bind(finished)
-    .execute(&mut **tx)
-    .await
-    .map_err(StoreError::query("move a task on"))?;
-    Ok(())
-}
-
-async fn detect(
-    tx: &mut Tx,
-    endpoint: EndpointId,
-    task: TaskId,
-    detections: &[Detection],
-    at_ms: i64,
-) -> Result<(), StoreError> {
-    let row = sqlx::query(
-        "SELECT COALESCE(MAX(d.ordinal), 0) FROM task t LEFT JOIN detection d ON d.task_id = t.id
-         WHERE t.id = $1 AND t.endpoint_id = $2 GROUP BY t.id",
-    )
-    .bind(task.to_string())
-    .bind(endpoint.to_string())
-    .fetch_optional(&mut **tx)
-    .await
-    .map_err(StoreError::query("count detections"))?;
-    let Some(row) = row else { return Ok(()) };
-    let mut ordinal: i64 = row.get(0);
-    for detection in detections {
-        let stored = sqlx::query(
-            "INSERT INTO detection (task_id, ordinal, endpoint_id, path, member, pattern_sha256, rule, sha256, size,
-             found_ms, identity) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
-             ON CONFLICT (task_id, identity) DO NOTHING",
-        )
+    sqlx::query("UPDATE task SET state = $2, started_ms = COALESCE($3, started_ms) WHERE id = $1")
         .bind(task.to_string())
-        .bind(ordinal + 1)
-        .bind(endpoint.to_string())
-        .bind(detection.path.0.clone())
-        .bind(serde_json::json!(names(&detection.member)).to_string())
-        .bind(detection.pattern.to_string())
-        .bind(detection.rule.as_str())
-        .bind(detection.sha256.to_string())
-        .bind(i64::try_from(detection.size).unwrap_or(i64::MAX))
-        .bind(at_ms)
-        .bind(detection.key().to_string())
+        .bind(next.word())
+        .bind((next == TaskState::Running).then_some(now_ms))
         .execute(&mut **tx)
         .await
-        .map_err(StoreError::query("store a detection"))?;
-        ordinal += i64::try_from(stored.rows_affected()).unwrap_or(0);
-    }
+        .map_err(StoreError::query("move a task on"))?;
     Ok(())
-}
-
-fn names(member: &[PathBytes]) -> Vec<String> {
-    member.iter().map(|name| STANDARD.encode(&name.0)).collect()
-}
-
-fn result_json(coverage: &Coverage) -> Result<String, StoreError> {
-    let row = ScanResultRow {
-        verdict: coverage.verdict(),
-        files: coverage.files,
-        bytes: coverage.bytes,
-        detections: coverage.detections,
-        skipped: coverage.skipped.iter().map(|(reason, count)| (reason.word(), *count)).collect(),
-        samples: coverage
-            .samples
-            .iter()
-            .take(Coverage::MAX_SAMPLES)
-            .map(|s| SampleRow {
-                path_b64: STANDARD.encode(&s.path.0),
-                member_b64: names(&s.member),
-                reason: s.reason.word(),
-            })
-            .collect(),
-        elapsed_ms: coverage.elapsed_ms,
-        cpu_ms: coverage.cpu_ms,
-    };
-    serde_json::to_string(&row).map_err(|_| StoreError::content("coverage", "unwritable"))
 }
 
 #[cfg(test)]
 mod tests {
-    use tm_protocol::ids::Sha256;
+    use sqlx::Row as _;
+    use tm_protocol::{
+        ids::Sha256,
+        message::Outcome,
+        report::{Coverage, Detection, PathBytes},
+    };
 
     use super::*;
-    use crate::store::tests::scratch;
+    use crate::store::{Store, tests::scratch};
 
     async fn text(store: &Store, sql: &'static str) -> String {
         sqlx::query(sql).fetch_one(store.reader()).await.unwrap().get(0)

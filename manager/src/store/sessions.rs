@@ -10,15 +10,24 @@ use tm_protocol::{
     search::address_key,
 };
 
-use super::{Store, StoreError};
+use super::{
+    Store, StoreError, Tx,
+    streams::{Counts, unsigned},
+};
+
+/// Most addresses and file systems kept of one endpoint; the first of each.
+pub(crate) const MOST_ADDRESSES: usize = 256;
+const MOST_DISKS: usize = 256;
+/// Longest of an endpoint's texts, in bytes: a host name stands in every event of it.
+const MOST_TEXT: usize = 256;
 
 /// What an opened session begins with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Opened {
     /// Counts this endpoint's sessions.
     pub(crate) epoch: i64,
-    /// The highest report of the agent's stream that is stored.
-    pub(crate) stored_through: u64,
+    /// What of the agent's streams is stored.
+    pub(crate) stored: Counts,
 }
 
 #[derive(Debug, Serialize)]
@@ -61,8 +70,9 @@ impl Store {
             "UPDATE endpoint SET manager_id = $2, session_epoch = session_epoch + 1, agent_version = $3, boot_id = $4,
              task_kinds = $5, last_seen_ms = $6, failure_code = COALESCE($7, failure_code),
              failure_message = COALESCE($8, failure_message), failure_ms = COALESCE($9, failure_ms),
-             stored_through = CASE WHEN stream = $10 THEN stored_through ELSE 0 END, stream = $10
-             WHERE id = $1 RETURNING session_epoch, stored_through",
+             stored_through = CASE WHEN stream = $10 THEN stored_through ELSE 0 END,
+             notices_through = CASE WHEN stream = $10 THEN notices_through ELSE 0 END, stream = $10
+             WHERE id = $1 RETURNING session_epoch, stored_through, notices_through",
         )
         .bind(endpoint.to_string())
         .bind(manager.to_string())
@@ -77,8 +87,8 @@ impl Store {
         .fetch_one(&mut *tx)
         .await
         .map_err(StoreError::query("open a session"))?;
-        let opened =
-            Opened { epoch: row.get(0), stored_through: u64::try_from(row.get::<i64, _>(1)).unwrap_or(0) };
+        let stored = Counts { reports: unsigned(row.get(1)), notices: unsigned(row.get(2)) };
+        let opened = Opened { epoch: row.get(0), stored };
         Self::commit(tx).await?;
         Ok(opened)
     }
@@ -113,6 +123,9 @@ impl Store {
         if seen.is_empty() && progress.is_empty() {
             return Ok(());
         }
+        // Rows are locked in one order everywhere.
+        let mut seen = seen.to_vec();
+        seen.sort_unstable();
         let mut tx = self.begin().await?;
         for endpoint in seen {
             sqlx::query("UPDATE endpoint SET last_seen_ms = $2 WHERE id = $1")
@@ -138,54 +151,61 @@ impl Store {
         }
         Self::commit(tx).await
     }
+}
 
-    /// Replaces what is known of an endpoint by what its agent says. Addresses that are none are left out.
-    pub(crate) async fn record_inventory(
-        &self,
-        endpoint: EndpointId,
-        facts: &Inventory,
-    ) -> Result<(), StoreError> {
-        let row = InventoryRow {
-            os: &facts.os,
-            kernel: &facts.kernel,
-            arch: &facts.arch,
-            cpu: &facts.cpu,
-            cpus: facts.cpus,
-            memory: facts.memory,
-            disks: &facts.disks,
-            boot_id: &facts.boot_id,
-        };
-        let json = serde_json::to_string(&row).map_err(|_| StoreError::content("inventory", "unwritable"))?;
-        let id = endpoint.to_string();
-        let mut tx = self.begin().await?;
+/// Replaces what is known of an endpoint by what its agent says. Addresses that are none are left out.
+pub(super) async fn replace_inventory(
+    tx: &mut Tx,
+    endpoint: EndpointId,
+    facts: &Inventory,
+) -> Result<(), StoreError> {
+    let host = short(&facts.host);
+    let row = InventoryRow {
+        os: short(&facts.os),
+        kernel: short(&facts.kernel),
+        arch: short(&facts.arch),
+        cpu: short(&facts.cpu),
+        cpus: facts.cpus,
+        memory: facts.memory,
+        disks: facts.disks.get(..MOST_DISKS).unwrap_or(&facts.disks),
+        boot_id: short(&facts.boot_id),
+    };
+    let json = serde_json::to_string(&row).map_err(|_| StoreError::content("inventory", "unwritable"))?;
+    let id = endpoint.to_string();
+    sqlx::query(
+        "UPDATE endpoint SET host = $2, host_key = $3, inventory = $4, agent_version = $5 WHERE id = $1",
+    )
+    .bind(id.as_str())
+    .bind(host)
+    .bind(host.to_lowercase())
+    .bind(json)
+    .bind(short(&facts.agent_version))
+    .execute(&mut **tx)
+    .await
+    .map_err(StoreError::query("record an inventory"))?;
+    sqlx::query("DELETE FROM endpoint_address WHERE endpoint_id = $1")
+        .bind(id.as_str())
+        .execute(&mut **tx)
+        .await
+        .map_err(StoreError::query("replace addresses"))?;
+    let addresses = facts.addresses.iter().filter_map(|a| a.parse::<IpAddr>().ok());
+    for address in addresses.take(MOST_ADDRESSES) {
         sqlx::query(
-            "UPDATE endpoint SET host = $2, host_key = $3, inventory = $4, agent_version = $5 WHERE id = $1",
+            "INSERT INTO endpoint_address (endpoint_id, address_key, address) VALUES ($1, $2, $3)
+             ON CONFLICT (endpoint_id, address_key) DO NOTHING",
         )
         .bind(id.as_str())
-        .bind(facts.host.as_str())
-        .bind(facts.host.to_lowercase())
-        .bind(json)
-        .bind(facts.agent_version.as_str())
-        .execute(&mut *tx)
+        .bind(address_key(address))
+        .bind(address.to_string())
+        .execute(&mut **tx)
         .await
-        .map_err(StoreError::query("record an inventory"))?;
-        sqlx::query("DELETE FROM endpoint_address WHERE endpoint_id = $1")
-            .bind(id.as_str())
-            .execute(&mut *tx)
-            .await
-            .map_err(StoreError::query("replace addresses"))?;
-        for address in facts.addresses.iter().filter_map(|a| a.parse::<IpAddr>().ok()) {
-            sqlx::query(
-                "INSERT INTO endpoint_address (endpoint_id, address_key, address) VALUES ($1, $2, $3)
-                 ON CONFLICT (endpoint_id, address_key) DO NOTHING",
-            )
-            .bind(id.as_str())
-            .bind(address_key(address))
-            .bind(address.to_string())
-            .execute(&mut *tx)
-            .await
-            .map_err(StoreError::query("record an address"))?;
-        }
-        Self::commit(tx).await
+        .map_err(StoreError::query("record an address"))?;
     }
+    Ok(())
+}
+
+/// The beginning of a text that no honest agent makes so long.
+fn short(text: &str) -> &str {
+    let end = (0..=MOST_TEXT.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    &text[..end]
 }

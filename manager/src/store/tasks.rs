@@ -3,23 +3,24 @@
 use std::collections::BTreeMap;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
 use tm_protocol::{
-    ids::{EndpointId, Sha256, TaskId, VaultId},
-    report::{PathBytes, Verdict},
-    task::{CleanupSpec, PatternRef, RestoreSpec, ScanLimits, ScanSpec, TaskSpec, TaskState},
+    ids::{EndpointId, TaskId},
+    report::{Tally, Verdict},
+    task::{TaskKind, TaskSpec, TaskState},
 };
 
 use super::{
-    Store, StoreError,
+    Store, StoreError, Tx,
     audit::{self, Entry},
+    outcomes, specs,
 };
 
 const SELECT: &str = "SELECT task.id, task.endpoint_id, endpoint.host, task.kind, task.state, task.code,
         task.message, task.progress, task.result, task.issuer, task.reason, task.created_ms, task.expires_ms,
-        task.started_ms, task.finished_ms
+        task.started_ms, task.finished_ms, task.dry_run, task.cancel_ms
     FROM task JOIN endpoint ON endpoint.id = task.endpoint_id";
 
 /// A task.
@@ -34,6 +35,10 @@ pub(crate) struct TaskRow {
     pub(crate) message: Option<String>,
     pub(crate) progress: Option<ProgressRow>,
     pub(crate) result: Option<ResultRow>,
+    /// It changes nothing on the endpoint.
+    pub(crate) dry_run: bool,
+    /// When somebody called it off.
+    pub(crate) cancel_ms: Option<i64>,
     pub(crate) issuer: String,
     pub(crate) reason: String,
     pub(crate) created_ms: i64,
@@ -51,9 +56,17 @@ pub(crate) struct ProgressRow {
     pub(crate) skipped: u64,
 }
 
+/// What a task came to, by its kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ResultRow {
+    Scan(ScanRow),
+    /// Of a cleanup or a restore.
+    Treatment(Tally),
+}
+
 /// What a scan came to.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub(crate) struct ResultRow {
+pub(crate) struct ScanRow {
     pub(crate) verdict: Verdict,
     pub(crate) files: u64,
     pub(crate) bytes: u64,
@@ -96,6 +109,9 @@ pub(crate) struct DetectionRow {
     pub(crate) sha256: String,
     pub(crate) size: u64,
     pub(crate) found_ms: i64,
+    /// Names what was found where.
+    pub(crate) key: String,
+    pub(crate) incident: Option<String>,
 }
 
 /// One order, for any number of endpoints.
@@ -114,6 +130,8 @@ pub(crate) struct Recipient {
     pub(crate) task: TaskId,
     pub(crate) endpoint: EndpointId,
     pub(crate) host: String,
+    /// Its agent does not know this kind of task: the task is refused as it is made.
+    pub(crate) is_unsupported: bool,
 }
 
 /// Which tasks; all by default.
@@ -122,6 +140,8 @@ pub(crate) struct TaskFilter {
     pub(crate) id: Option<TaskId>,
     pub(crate) endpoint: Option<EndpointId>,
     pub(crate) state: Option<TaskState>,
+    /// Those that have not ended before the others.
+    pub(crate) live_first: bool,
 }
 
 impl Store {
@@ -135,67 +155,11 @@ impl Store {
         recipients: Vec<Recipient>,
         now_ms: i64,
     ) -> Result<Vec<TaskRow>, StoreError> {
-        let spec = spec_to_json(order.spec);
-        let kind = order.spec.kind().word();
-        let expires_ms = now_ms.saturating_add(order.expires_in_ms);
-        let action = match order.spec {
-            TaskSpec::Scan(_) => "scan.start",
-            TaskSpec::Cleanup(_) => "cleanup.run",
-            TaskSpec::Restore(_) => "vault.restore",
-        };
+        let spec = specs::to_json(order.spec);
         let mut tx = self.begin().await?;
         let mut rows = Vec::with_capacity(recipients.len());
-        for Recipient { task, endpoint, host } in recipients {
-            sqlx::query(
-                "INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms,
-                    deadline_ms)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-            )
-            .bind(task.to_string())
-            .bind(endpoint.to_string())
-            .bind(kind)
-            .bind(spec.clone())
-            .bind(TaskState::Queued.word())
-            .bind(order.issuer.to_owned())
-            .bind(order.reason.to_owned())
-            .bind(now_ms)
-            .bind(expires_ms)
-            .bind(order.deadline_ms)
-            .execute(&mut *tx)
-            .await
-            .map_err(StoreError::query("create a task"))?;
-            let entry = Entry {
-                actor: order.issuer,
-                action,
-                subject: &task.to_string(),
-                detail: json!({
-                    "endpoint": endpoint.to_string(),
-                    "host": host,
-                    "what": what(order.spec),
-                    "reason": order.reason,
-                    "expires_ms": expires_ms,
-                    "deadline_ms": order.deadline_ms,
-                }),
-                at_ms: now_ms,
-            };
-            audit::append(&mut tx, entry).await?;
-            rows.push(TaskRow {
-                id: task,
-                endpoint,
-                host,
-                kind: kind.to_owned(),
-                state: TaskState::Queued,
-                code: None,
-                message: None,
-                progress: None,
-                result: None,
-                issuer: order.issuer.to_owned(),
-                reason: order.reason.to_owned(),
-                created_ms: now_ms,
-                expires_ms,
-                started_ms: None,
-                finished_ms: None,
-            });
+        for recipient in recipients {
+            rows.push(insert(&mut tx, order, &spec, recipient, now_ms).await?);
         }
         Self::commit(tx).await?;
         Ok(rows)
@@ -219,7 +183,12 @@ impl Store {
                 sql.push_str(&format!(" AND {column} = ${}", values.len()));
             }
         }
-        sql.push_str(&format!(" ORDER BY task.created_ms DESC, task.id DESC LIMIT {limit}"));
+        let first = if filter.live_first {
+            "CASE WHEN task.state IN ('queued', 'delivered', 'running') THEN 0 ELSE 1 END,"
+        } else {
+            ""
+        };
+        sql.push_str(&format!(" ORDER BY {first} task.created_ms DESC, task.id DESC LIMIT {limit}"));
         let mut query = sqlx::query(AssertSqlSafe(sql));
         for value in values {
             query = query.bind(value);
@@ -254,7 +223,7 @@ impl Store {
         sqlx::query(
             "SELECT detection.ordinal, detection.endpoint_id, detection.path, detection.member, pattern.name,
                     detection.pattern_sha256, detection.rule, detection.sha256, detection.size,
-                    detection.found_ms
+                    detection.found_ms, detection.identity, detection.incident_id
              FROM detection LEFT JOIN pattern ON pattern.sha256 = detection.pattern_sha256
              WHERE detection.task_id = $1 AND detection.ordinal > $2 ORDER BY detection.ordinal LIMIT $3",
         )
@@ -270,95 +239,126 @@ impl Store {
     }
 }
 
-/// A spec as the `spec` column holds it.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum SpecRow {
-    Scan { paths_b64: Vec<String>, patterns: Vec<PatternRef>, limits: ScanLimits },
-    Cleanup { detections: Vec<Sha256>, dry_run: bool },
-    Restore { items: Vec<VaultId>, to_b64: Option<String>, set_id: bool, dry_run: bool },
-}
-
-fn spec_to_json(spec: &TaskSpec) -> String {
-    let row = match spec {
-        TaskSpec::Scan(scan) => SpecRow::Scan {
-            paths_b64: scan.paths.iter().map(|path| STANDARD.encode(&path.0)).collect(),
-            patterns: scan.patterns.clone(),
-            limits: scan.limits,
-        },
-        TaskSpec::Cleanup(cleanup) => {
-            SpecRow::Cleanup { detections: cleanup.detections.clone(), dry_run: cleanup.dry_run }
-        }
-        TaskSpec::Restore(restore) => SpecRow::Restore {
-            items: restore.items.clone(),
-            to_b64: restore.to.as_ref().map(|to| STANDARD.encode(&to.0)),
-            set_id: restore.set_id,
-            dry_run: restore.dry_run,
-        },
-    };
-    serde_json::to_string(&row).expect("a spec is plain data")
-}
-
-/// Reads the `spec` column.
+/// Stores one task and its record in the audit log. `spec` is the order's, as [`specs::to_json`] writes it.
 ///
 /// # Errors
-/// If it was not written by this room.
-pub(crate) fn spec_from_json(text: &str) -> Result<TaskSpec, StoreError> {
-    match json::<SpecRow>("task spec", text)? {
-        SpecRow::Scan { paths_b64, patterns, limits } => {
-            let paths = paths_b64.iter().map(|p| bytes(p).map(PathBytes)).collect::<Result<_, _>>()?;
-            Ok(TaskSpec::Scan(ScanSpec { paths, patterns, limits }))
-        }
-        SpecRow::Cleanup { detections, dry_run } => {
-            Ok(TaskSpec::Cleanup(CleanupSpec { detections, dry_run }))
-        }
-        SpecRow::Restore { items, to_b64, set_id, dry_run } => {
-            let to = to_b64.map(|to| bytes(&to).map(PathBytes)).transpose()?;
-            Ok(TaskSpec::Restore(RestoreSpec { items, to, set_id, dry_run }))
-        }
+/// If the database refuses; the whole transaction is then void.
+pub(super) async fn insert(
+    tx: &mut Tx,
+    order: &Order<'_>,
+    spec: &str,
+    recipient: Recipient,
+    now_ms: i64,
+) -> Result<TaskRow, StoreError> {
+    let Recipient { task, endpoint, host, is_unsupported } = recipient;
+    let kind = order.spec.kind();
+    let dry_run = is_dry_run(order.spec);
+    let expires_ms = now_ms.saturating_add(order.expires_in_ms);
+    sqlx::query(
+        "INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms,
+            deadline_ms, dry_run)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+    )
+    .bind(task.to_string())
+    .bind(endpoint.to_string())
+    .bind(kind.word())
+    .bind(spec.to_owned())
+    .bind(TaskState::Queued.word())
+    .bind(order.issuer.to_owned())
+    .bind(order.reason.to_owned())
+    .bind(now_ms)
+    .bind(expires_ms)
+    .bind(order.deadline_ms)
+    .bind(i64::from(dry_run))
+    .execute(&mut **tx)
+    .await
+    .map_err(StoreError::query("create a task"))?;
+    let entry = Entry {
+        actor: order.issuer,
+        action: match kind {
+            TaskKind::Scan => "scan.start",
+            TaskKind::Cleanup => "cleanup.run",
+            TaskKind::Restore => "vault.restore",
+        },
+        subject: &task.to_string(),
+        detail: json!({
+            "endpoint": endpoint.to_string(),
+            "host": host,
+            "what": specs::what(order.spec),
+            "reason": order.reason,
+            "expires_ms": expires_ms,
+            "deadline_ms": order.deadline_ms,
+        }),
+        at_ms: now_ms,
+    };
+    audit::append(tx, entry).await?;
+    let mut row = TaskRow {
+        id: task,
+        endpoint,
+        host,
+        kind: kind.word().to_owned(),
+        state: TaskState::Queued,
+        code: None,
+        message: None,
+        progress: None,
+        result: None,
+        dry_run,
+        cancel_ms: None,
+        issuer: order.issuer.to_owned(),
+        reason: order.reason.to_owned(),
+        created_ms: now_ms,
+        expires_ms,
+        started_ms: None,
+        finished_ms: None,
+    };
+    if is_unsupported {
+        let failure = outcomes::unsupported(kind);
+        let head = outcomes::Head { id: task, endpoint, kind, dry_run, state: TaskState::Queued };
+        outcomes::conclude(tx, &head, outcomes::End::refused(failure.clone()), now_ms).await?;
+        row.state = TaskState::Refused;
+        (row.code, row.message) = (Some(failure.code), Some(failure.message));
+        row.finished_ms = Some(now_ms);
     }
+    Ok(row)
 }
 
-/// A spec for the audit log.
-fn what(spec: &TaskSpec) -> serde_json::Value {
+const fn is_dry_run(spec: &TaskSpec) -> bool {
     match spec {
-        TaskSpec::Scan(scan) => json!({
-            "paths": scan.paths.iter().map(PathBytes::to_string).collect::<Vec<_>>(),
-            "patterns": scan.patterns.iter().map(|p| p.sha256.to_string()).collect::<Vec<_>>(),
-            "limits": scan.limits,
-        }),
-        TaskSpec::Cleanup(cleanup) => json!({
-            "detections": cleanup.detections.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            "dry_run": cleanup.dry_run,
-        }),
-        TaskSpec::Restore(restore) => json!({
-            "items": restore.items.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            "to": restore.to.as_ref().map(PathBytes::to_string),
-            "set_id": restore.set_id,
-            "dry_run": restore.dry_run,
-        }),
+        TaskSpec::Scan(_) => false,
+        TaskSpec::Cleanup(cleanup) => cleanup.dry_run,
+        TaskSpec::Restore(restore) => restore.dry_run,
     }
 }
 
 fn task(row: &AnyRow) -> Result<TaskRow, StoreError> {
     let (id, endpoint, state): (String, String, String) = (row.get(0), row.get(1), row.get(4));
-    let (progress, result): (Option<String>, Option<String>) = (row.get(7), row.get(8));
+    let kind: String = row.get(3);
+    let progress: Option<String> = row.get(7);
+    let result = |text: String| {
+        if kind == TaskKind::Scan.word() {
+            json("result", &text).map(ResultRow::Scan)
+        } else {
+            json("result", &text).map(ResultRow::Treatment)
+        }
+    };
     Ok(TaskRow {
         id: id.parse().map_err(|_| StoreError::content("task id", id))?,
         endpoint: endpoint.parse().map_err(|_| StoreError::content("endpoint id", endpoint))?,
         host: row.get(2),
-        kind: row.get(3),
         state: TaskState::from_word(&state).ok_or_else(|| StoreError::content("task state", state))?,
         code: row.get(5),
         message: row.get(6),
         progress: progress.map(|text| json("progress", &text)).transpose()?,
-        result: result.map(|text| json("result", &text)).transpose()?,
+        result: row.get::<Option<String>, _>(8).map(result).transpose()?,
+        kind: row.get(3),
         issuer: row.get(9),
         reason: row.get(10),
         created_ms: row.get(11),
         expires_ms: row.get(12),
         started_ms: row.get(13),
         finished_ms: row.get(14),
+        dry_run: row.get::<i64, _>(15) != 0,
+        cancel_ms: row.get(16),
     })
 }
 
@@ -376,40 +376,25 @@ fn detection(row: &AnyRow) -> Result<DetectionRow, StoreError> {
         sha256: row.get(7),
         size: u64::try_from(size).map_err(|_| StoreError::content("size", size.to_string()))?,
         found_ms: row.get(9),
+        key: row.get(10),
+        incident: row.get(11),
     })
 }
 
-fn json<T: DeserializeOwned>(what: &'static str, text: &str) -> Result<T, StoreError> {
+pub(super) fn json<T: DeserializeOwned>(what: &'static str, text: &str) -> Result<T, StoreError> {
     serde_json::from_str(text).map_err(|_| StoreError::content(what, text))
 }
 
-fn bytes(text: &str) -> Result<Vec<u8>, StoreError> {
+pub(super) fn bytes(text: &str) -> Result<Vec<u8>, StoreError> {
     STANDARD.decode(text).map_err(|_| StoreError::content("base64 text", text))
 }
 
 #[cfg(test)]
 mod tests {
-    use tm_protocol::ids::Sha256;
     use uuid::Uuid;
 
     use super::*;
-    use crate::store::{endpoints::tests::put, tests::scratch};
-
-    fn spec() -> TaskSpec {
-        TaskSpec::Scan(ScanSpec {
-            paths: vec![PathBytes(b"/srv/\xff\n".to_vec())],
-            patterns: vec![PatternRef { sha256: Sha256::new([1; 32]), size: 3, name: "p".to_owned() }],
-            limits: ScanLimits::default(),
-        })
-    }
-
-    #[test]
-    fn a_spec_survives_the_column() {
-        assert_eq!(spec_from_json(&spec_to_json(&spec())).unwrap(), spec());
-        for text in ["", "{}", r#"{"scan":{}}"#, r#"{"run":{"command":"id"}}"#] {
-            assert!(spec_from_json(text).is_err(), "{text}");
-        }
-    }
+    use crate::store::{endpoints::tests::put, specs::tests::scan as spec, tests::scratch};
 
     #[tokio::test]
     async fn an_order_is_stored_whole_or_not_at_all() {
@@ -419,6 +404,7 @@ mod tests {
             task: TaskId::new(Uuid::from_u128(task)),
             endpoint,
             host: "a".to_owned(),
+            is_unsupported: false,
         };
         let order =
             Order { spec: &spec(), issuer: "root", reason: "why", expires_in_ms: 10, deadline_ms: 20 };
@@ -447,7 +433,7 @@ mod tests {
         let endpoint = put(&store, 1, "a", &[], true).await;
         let id = TaskId::new(Uuid::from_u128(5));
         let order = Order { spec: &spec(), issuer: "root", reason: "", expires_in_ms: 1, deadline_ms: 1 };
-        let recipient = Recipient { task: id, endpoint, host: "a".to_owned() };
+        let recipient = Recipient { task: id, endpoint, host: "a".to_owned(), is_unsupported: false };
         store.create_tasks(&order, vec![recipient], 1).await.unwrap();
         let result = json!({
             "verdict": "detected", "files": 3, "bytes": 4, "detections": 2, "skipped": { "encrypted": 1 },
@@ -479,7 +465,7 @@ mod tests {
         Store::commit(tx).await.unwrap();
 
         let row = store.task(id).await.unwrap().unwrap();
-        let result = row.result.unwrap();
+        let Some(ResultRow::Scan(result)) = row.result else { panic!("a scan's result") };
         assert_eq!(
             (row.state, row.finished_ms, result.verdict),
             (TaskState::Done, Some(9), Verdict::Detected)

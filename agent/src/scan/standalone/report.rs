@@ -92,8 +92,8 @@ impl<'a, W: Write> Report<'a, W> {
             return;
         }
         let done = match (event, self.format) {
-            (Event::Detection(detection), Format::Json) => self.detection_json(detection),
-            (Event::Detection(detection), Format::Text) => self.detection_text(detection),
+            (Event::Detection(detection, _), Format::Json) => self.detection_json(detection),
+            (Event::Detection(detection, _), Format::Text) => self.detection_text(detection),
             (Event::Skipped(skipped), Format::Json) => self.skipped_json(skipped),
             // The summary names the first ones and counts all.
             (Event::Skipped(_), Format::Text) => Ok(()),
@@ -274,14 +274,16 @@ mod tests {
         let member = vec![PathBytes::from(&b"in\nner"[..])];
         if detect {
             coverage.detections = 1;
-            report.event(&Event::Detection(&Detection {
+            let detection = Detection {
                 path: path.clone(),
                 member: member.clone(),
                 pattern,
                 rule: "evil".to_owned(),
                 sha256: Sha256::of(b"x"),
                 size: 1,
-            }));
+            };
+            let object = crate::platform::fs::Object { device: 1, inode: 2 };
+            report.event(&Event::Detection(&detection, object));
         }
         for _ in 0..22 {
             let skipped =

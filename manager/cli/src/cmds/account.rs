@@ -12,8 +12,8 @@ use crate::{
 const COLUMNS: [Column<AccountView>; 4] = [
     Column::narrow("name", |a| a.name.clone()),
     Column::narrow("role", |a| a.role.to_string()),
-    Column::narrow("created_at", |a| a.created_at.clone()),
-    Column::narrow("last_used_at", |a| a.last_used_at.clone().unwrap_or_default()),
+    Column::time("created_at", |a| a.created_at.clone()),
+    Column::time("last_used_at", |a| a.last_used_at.clone().unwrap_or_default()),
 ];
 
 const NEW: [Column<NewAccountToken>; 3] = [

@@ -15,7 +15,7 @@ use crate::{
 
 const COLUMNS: [Column<AuditRecord>; 8] = [
     Column::narrow("sequence", |r| r.sequence.to_string()),
-    Column::narrow("at", |r| time(r.at_ms)),
+    Column::time("at", |r| time(r.at_ms)),
     Column::narrow("actor", |r| r.actor.clone()),
     Column::narrow("action", |r| r.action.clone()),
     Column::narrow("subject", |r| r.subject.clone()),

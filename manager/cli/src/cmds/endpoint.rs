@@ -1,16 +1,20 @@
 //! `tmctl endpoint`.
 
-use tm_api::endpoint::{Connectivity, EndpointQuery, EndpointView, InventoryView, SetGroup};
+use tm_api::{
+    endpoint::{Connectivity, EndpointQuery, EndpointView, InventoryView, SetGroup},
+    event::{IncidentQuery, IncidentView},
+};
 
 use crate::{
     cli::Endpoint,
     client::Client,
+    cmds::event,
     failure::{Exit, Failure},
     output::{Column, Output, bytes, say},
 };
 
 const COLUMNS: [Column<EndpointView>; 20] = [
-    Column::narrow("id", |e| e.id.clone()),
+    Column::id("id", |e| e.id.clone()),
     Column::narrow("host", |e| e.host.clone()),
     Column::narrow("addresses", |e| e.addresses.join(" ")),
     Column::narrow("group", |e| e.group.clone()),
@@ -18,8 +22,8 @@ const COLUMNS: [Column<EndpointView>; 20] = [
     Column::wide("quarantine", |e| e.quarantine.clone()),
     Column::wide("restart_reasons", |e| e.restart_reasons.join(" ")),
     Column::narrow("agent_version", |e| e.agent_version.clone()),
-    Column::narrow("last_seen_at", |e| e.last_seen_at.clone().unwrap_or_default()),
-    Column::wide("enrolled_at", |e| e.enrolled_at.clone()),
+    Column::time("last_seen_at", |e| e.last_seen_at.clone().unwrap_or_default()),
+    Column::wide_time("enrolled_at", |e| e.enrolled_at.clone()),
     Column::wide("patterns", |e| e.patterns.join(" ")),
     Column::wide("last_failure", |e| {
         e.last_failure.as_ref().map(|f| format!("{} {}: {}", f.at, f.code, f.message)).unwrap_or_default()
@@ -34,21 +38,46 @@ const COLUMNS: [Column<EndpointView>; 20] = [
     Column::wide("boot_id", |e| fact(e, |i| i.boot_id.clone())),
 ];
 
+const INCIDENTS: [Column<IncidentView>; 13] = [
+    Column::id("id", |i| i.id.clone()),
+    Column::narrow("state", |i| i.state.to_string()),
+    Column::narrow("rule", |i| i.rule.clone()),
+    Column::narrow("open", |i| format!("{} of {}", i.open_detections, i.detections)),
+    Column::narrow("path", |i| i.path.clone()),
+    Column::time("changed_at", |i| i.changed_at.clone()),
+    Column::wide("pattern", |i| i.pattern.clone()),
+    Column::wide("host", |i| i.host.clone()),
+    Column::wide("endpoint", |i| i.endpoint.clone()),
+    Column::wide("detections", |i| i.detections.to_string()),
+    Column::wide("open_detections", |i| i.open_detections.to_string()),
+    Column::wide_time("opened_at", |i| i.opened_at.clone()),
+    Column::wide("task", |i| i.task.clone().unwrap_or_default()),
+];
+
 pub(crate) async fn run(command: Endpoint, client: &Client, out: &Output) -> Result<Exit, Failure> {
     match command {
-        Endpoint::List { search, group, connected, disconnected } => {
+        Endpoint::List { search, group, query, connected, disconnected } => {
             let connectivity = match (connected, disconnected) {
                 (true, _) => Some(Connectivity::Connected),
                 (false, true) => Some(Connectivity::Disconnected),
                 (false, false) => None,
             };
-            let query = EndpointQuery { search, group, connectivity, query: None };
+            let query = EndpointQuery { search, group, connectivity, query };
             let found: Vec<EndpointView> = client.get(&["endpoints"], &query).await?;
             out.list(&found, &COLUMNS, "no endpoints")?;
         }
         Endpoint::Show { target } => {
             let endpoint: EndpointView = client.get(&["endpoints", &target], &()).await?;
             out.one(&endpoint, &COLUMNS)?;
+        }
+        Endpoint::Events { target, limit } => return event::of_endpoint(target, limit, client, out).await,
+        Endpoint::Incidents { target, state, limit } => {
+            let query = IncidentQuery { endpoint: Some(target), state, limit: Some(limit) };
+            let found: Vec<IncidentView> = client.get(&["incidents"], &query).await?;
+            out.list(&found, &INCIDENTS, "no incidents")?;
+            if u32::try_from(found.len()).is_ok_and(|count| count >= limit) {
+                say(&format!("these are the newest {limit}; --limit shows more, up to 1000\n"));
+            }
         }
         Endpoint::SetGroup { target, group } => {
             let body = SetGroup { group };

@@ -1,13 +1,26 @@
-//! One file for each noun of the command line, and what a waited-for scan needs besides.
+//! One file for each noun of the command line, and what waiting for work needs besides.
 
 pub(crate) mod account;
 pub(crate) mod audit;
+mod cancel;
+pub(crate) mod cleanup;
 pub(crate) mod completions;
+mod confirm;
 pub(crate) mod endpoint;
+pub(crate) mod event;
+mod follow;
+mod ordered;
 pub(crate) mod pattern;
+mod progress;
 mod receipt;
+#[cfg(test)]
+mod samples;
 pub(crate) mod scan;
+pub(crate) mod status;
 pub(crate) mod task;
 pub(crate) mod token;
+mod treatment;
+pub(crate) mod vault;
 pub(crate) mod version;
 mod wait;
+pub(crate) mod why;

@@ -17,7 +17,7 @@ const COLUMNS: [Column<PatternView>; 7] = [
     Column::narrow("rules", |p| p.rules.to_string()),
     Column::narrow("size", |p| p.size.to_string()),
     Column::narrow("imported_by", |p| p.imported_by.clone()),
-    Column::narrow("imported_at", |p| p.imported_at.clone()),
+    Column::time("imported_at", |p| p.imported_at.clone()),
     Column::narrow("sha256", |p| p.sha256.clone()),
 ];
 

@@ -8,7 +8,7 @@ use tm_protocol::{report::Verdict, task::TaskState, text::escape_for_display};
 
 use crate::{
     failure::{Exit, Failure},
-    output::{Column, Format, Output, bytes, say, table},
+    output::{Column, Format, Output, bytes, plural, say, table, target_word},
 };
 
 /// A task with what it detected.
@@ -50,14 +50,23 @@ impl Outcome {
     }
 }
 
-/// What the tasks came to, together. No task at all is nothing that was looked at.
-pub(super) fn outcome(scanned: &[Scanned]) -> Outcome {
-    scanned.iter().map(one).min().unwrap_or(Outcome::Failed)
+/// What one task came to, as far as it alone tells.
+pub(super) fn outcome_of(task: &TaskView) -> Outcome {
+    one(task, detections_of(task).unwrap_or(0))
 }
 
-fn one(scanned: &Scanned) -> Outcome {
-    let task = &scanned.task;
-    if !scanned.detections.is_empty() || detections_of(task).is_some_and(|count| count > 0) {
+/// What the tasks came to, together. No task at all is nothing that was looked at.
+pub(super) fn outcome(scanned: &[Scanned]) -> Outcome {
+    let found = |scanned: &Scanned| {
+        u64::try_from(scanned.detections.len())
+            .unwrap_or(u64::MAX)
+            .max(detections_of(&scanned.task).unwrap_or(0))
+    };
+    scanned.iter().map(|scanned| one(&scanned.task, found(scanned))).min().unwrap_or(Outcome::Failed)
+}
+
+fn one(task: &TaskView, detections: u64) -> Outcome {
+    if detections > 0 {
         return Outcome::Detected;
     }
     match task.state {
@@ -74,6 +83,14 @@ fn one(scanned: &Scanned) -> Outcome {
             None => Outcome::Failed,
         },
     }
+}
+
+/// What a scan may say of what it looked at: one that was called off or did not succeed says `clean` of nothing,
+/// whatever it had seen by then.
+pub(super) fn verdict(task: &TaskView) -> Option<Verdict> {
+    let verdict = task.scan()?.verdict;
+    let is_whole = task.state == TaskState::Done || verdict != Verdict::Clean;
+    Some(if is_whole { verdict } else { Verdict::Incomplete })
 }
 
 /// How much a task has detected, as far as is known.
@@ -104,7 +121,7 @@ fn columns<'a>() -> [Column<Row<'a>>; 11] {
         Column::narrow("pattern", |r| r.detection.pattern.clone()),
         Column::wide("sha256", |r| r.detection.sha256.clone()),
         Column::wide("size", |r| r.detection.size.to_string()),
-        Column::wide("found_at", |r| r.detection.found_at.clone()),
+        Column::wide_time("found_at", |r| r.detection.found_at.clone()),
         Column::wide("endpoint", |r| r.task.endpoint.clone()),
         Column::wide("task", |r| r.task.id.clone()),
         Column::wide("path_b64", |r| r.detection.path_b64.clone()),
@@ -129,50 +146,80 @@ pub(super) fn print(scanned: &[Scanned], out: &Output) -> Result<(), Failure> {
         .collect();
     let receipts: String = scanned.iter().map(|scanned| text(&scanned.task)).collect();
     match out.format() {
-        Format::Table if rows.is_empty() => out.text(&receipts),
+        Format::Table if rows.is_empty() => out.text(&receipts)?,
         Format::Table => {
             let width = crate::output::width(&std::io::stdout());
-            out.text(&(table(&rows, &columns(), width) + "\n" + &receipts))
+            out.text(&(table(&rows, &columns(), width) + "\n" + &receipts))?;
         }
-        Format::Json => out.json(&Report { verdict: outcome(scanned), tasks: scanned }),
+        Format::Json => out.json(&Report { verdict: outcome(scanned), tasks: scanned })?,
         Format::Csv => {
             out.csv(&rows, &columns())?;
             say(&receipts);
-            Ok(())
         }
     }
+    let detected: Vec<&TaskView> =
+        scanned.iter().filter(|one| !one.detections.is_empty()).map(|one| &one.task).collect();
+    if !detected.is_empty() {
+        say(&format!("hint: to remove what was detected: {}\n", cleanup_command(&detected)));
+    }
+    Ok(())
+}
+
+/// The command that removes what these scans detected.
+pub(super) fn cleanup_command(tasks: &[&TaskView]) -> String {
+    /// More targets than fit a line are chosen instead.
+    const NAMED: usize = 5;
+    if tasks.len() > NAMED {
+        return "tmctl cleanup run --query needs-cleanup".to_owned();
+    }
+    let mut targets: Vec<String> = Vec::new();
+    for task in tasks {
+        let target = target_word(&task.host, &task.endpoint);
+        if !targets.contains(&target) {
+            targets.push(target);
+        }
+    }
+    format!("tmctl cleanup run {}", targets.join(" "))
 }
 
 /// The receipt of one task: a line, and one for each gap that is known by name.
 pub(super) fn text(task: &TaskView) -> String {
     let mut text = format!("{} ({}): ", escape_for_display(&task.host), escape_for_display(&task.endpoint));
     match (task.scan(), task.state) {
-        (Some(result), _) => receipt(&mut text, result),
+        (Some(result), state) => {
+            if state != TaskState::Done {
+                let _ = write!(text, "{state}{}; ", why(task));
+            }
+            receipt(&mut text, result, verdict(task).unwrap_or(result.verdict));
+        }
         (None, TaskState::Queued | TaskState::Delivered | TaskState::Running) => {
             let _ = writeln!(
                 text,
-                "not ended yet ({}); see: tmctl task show {}",
+                "not ended yet ({}); follow it: tmctl task follow {}",
                 task.state,
                 escape_for_display(&task.id)
             );
         }
         (None, state) => {
-            let _ = write!(text, "{state}");
-            for part in [&task.code, &task.message].into_iter().flatten() {
-                let _ = write!(text, ": {}", escape_for_display(part));
-            }
-            text.push('\n');
+            let _ = writeln!(text, "{state}{}", why(task));
         }
     }
     text
 }
 
-fn receipt(text: &mut String, result: &ScanResult) {
-    let plural = |count: u64, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+/// Why a task did not succeed.
+pub(super) fn why(task: &TaskView) -> String {
+    [&task.code, &task.message]
+        .into_iter()
+        .flatten()
+        .map(|part| format!(": {}", escape_for_display(part)))
+        .collect()
+}
+
+fn receipt(text: &mut String, result: &ScanResult, verdict: Verdict) {
     let _ = writeln!(
         text,
-        "{}: {}, {}, {}, {:.1} s, {:.1} s of CPU",
-        result.verdict,
+        "{verdict}: {}, {}, {}, {:.1} s, {:.1} s of CPU",
         plural(result.detections, "detection"),
         plural(result.files, "file"),
         bytes(result.bytes),
@@ -217,26 +264,8 @@ mod tests {
             elapsed_s: 0.25,
             cpu_s: 0.5,
         });
-        let text = |text: &str| text.to_owned();
-        let task = TaskView {
-            id: text("t"),
-            kind: text("scan"),
-            endpoint: text("e"),
-            host: text("web"),
-            state,
-            code: None,
-            message: None,
-            progress: None,
-            result: result.map(tm_api::task::TaskResult::Scan),
-            dry_run: false,
-            cancelling: false,
-            issuer: text("ann"),
-            reason: String::new(),
-            created_at: String::new(),
-            started_at: None,
-            finished_at: None,
-            expires_at: String::new(),
-        };
+        let mut task = crate::cmds::samples::task("scan", state);
+        task.result = result.map(tm_api::task::TaskResult::Scan);
         Scanned { task, detections: Vec::new() }
     }
 
@@ -287,6 +316,28 @@ mod tests {
         refused.task.code = Some("busy".into());
         refused.task.message = Some("too much to do".into());
         assert_eq!(text(&refused.task), "web (e): refused: busy: too much to do\n");
+    }
+
+    #[test]
+    fn a_scan_that_was_called_off_is_not_clean() {
+        let cancelled = task(TaskState::Cancelled, Some(Verdict::Clean)).task;
+        assert_eq!(verdict(&cancelled), Some(Verdict::Incomplete));
+        assert_eq!(
+            text(&cancelled),
+            "web (e): cancelled; incomplete: 0 detections, 3 files, 2.0 KiB, 0.2 s, 0.5 s of CPU\n"
+        );
+        let detected = task(TaskState::Failed, Some(Verdict::Detected)).task;
+        assert_eq!(verdict(&detected), Some(Verdict::Detected));
+        assert_eq!(verdict(&task(TaskState::Done, Some(Verdict::Clean)).task), Some(Verdict::Clean));
+    }
+
+    #[test]
+    fn the_hint_names_whom_to_clean_up_and_is_safe_to_paste() {
+        let mut hostile = task(TaskState::Done, None).task;
+        hostile.host = "a;reboot".into();
+        let plain = task(TaskState::Done, None).task;
+        assert_eq!(cleanup_command(&[&plain, &hostile, &plain]), "tmctl cleanup run web e");
+        assert_eq!(cleanup_command(&[&plain; 6]), "tmctl cleanup run --query needs-cleanup");
     }
 
     #[test]

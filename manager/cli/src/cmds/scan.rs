@@ -1,8 +1,9 @@
 //! `tmctl scan`: orders it, and with `--wait` stays until every task has ended.
 
-use std::{ffi::OsString, os::unix::ffi::OsStrExt as _, time::Duration};
+use std::{ffi::OsString, os::unix::ffi::OsStrExt as _};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tm_api::task::{self, TaskView};
 use tm_protocol::task::ScanLimits;
 use tokio::time::Instant;
@@ -11,18 +12,14 @@ use crate::{
     cli::{Scan, StartScan},
     client::Client,
     cmds::{
+        ordered::{self, READING},
         receipt::{self, Scanned},
-        task::{TASKS, detections},
-        wait::{self, Patience},
+        task::detections,
+        wait::{self, PARALLEL, Patience},
     },
     failure::{Exit, Failure},
-    output::{Output, say},
+    output::Output,
 };
-
-/// The agent's last word may be on its way when a deadline ends.
-const AFTERWARDS: Duration = Duration::from_secs(60);
-/// For reading what was found, however the waiting ended.
-const READING: Duration = Duration::from_secs(30);
 
 pub(crate) async fn run(command: Scan, client: &Client, out: &Output) -> Result<Exit, Failure> {
     match command {
@@ -31,24 +28,39 @@ pub(crate) async fn run(command: Scan, client: &Client, out: &Output) -> Result<
 }
 
 async fn start(args: StartScan, client: &Client, out: &Output) -> Result<Exit, Failure> {
-    let until = Instant::now() + args.timeout.unwrap_or(args.expires + args.deadline + AFTERWARDS);
+    let patience = Patience::new(Instant::now() + args.patience());
     let wait = args.wait;
-    let ordered: Vec<TaskView> = client.post(&["scans"], &order(args)).await?;
+    let tasks = ordered::send(client, &["scans"], &order(args)).await?;
     if !wait {
-        out.list(&ordered, &TASKS, "no tasks")?;
-        say("ordered; see how it goes: tmctl task show ID\n");
-        return Ok(Exit::Done);
+        return ordered::print(&tasks, out);
     }
-    let mut patience = Patience::new(until);
-    let ended = wait::until_ended(client, ordered, &mut patience).await?;
-    patience.extend(Instant::now() + READING);
-    let mut scanned = Vec::with_capacity(ended.len());
-    for task in ended {
-        let found = patience.ask(async || detections(client, &task.id).await).await?;
-        scanned.push(Scanned { task, detections: found });
-    }
+    let begun = tasks.clone();
+    let scanned = wait::unless_interrupted(
+        async {
+            let ended = wait::until_ended(client, tasks, &patience).await?;
+            patience.extend(READING);
+            with_detections(client, ended, &patience).await
+        },
+        || wait::goes_on(&begun),
+    )
+    .await?;
     receipt::print(&scanned, out)?;
     Ok(receipt::outcome(&scanned).exit())
+}
+
+async fn with_detections(
+    client: &Client,
+    tasks: Vec<TaskView>,
+    patience: &Patience,
+) -> Result<Vec<Scanned>, Failure> {
+    stream::iter(tasks)
+        .map(|task| async move {
+            let found = patience.ask(async || detections(client, &task.id).await).await?;
+            Ok(Scanned { task, detections: found })
+        })
+        .buffered(PARALLEL)
+        .try_collect()
+        .await
 }
 
 fn order(args: StartScan) -> task::StartScan {
@@ -61,7 +73,7 @@ fn order(args: StartScan) -> task::StartScan {
         ..defaults
     };
     task::StartScan {
-        to: task::Targets { targets: args.targets, search: args.search, group: args.group, query: None },
+        to: args.to.into_targets(),
         paths_b64: args.paths.iter().map(encoded).collect(),
         patterns: args.patterns,
         limits,

@@ -10,21 +10,21 @@ use crate::{
 };
 
 const COLUMNS: [Column<TokenView>; 8] = [
-    Column::narrow("id", |t| t.id.clone()),
+    Column::id("id", |t| t.id.clone()),
     Column::narrow("state", |t| t.state.clone()),
     Column::narrow("used", |t| t.used.to_string()),
     Column::narrow("uses", |t| t.uses.to_string()),
     Column::narrow("group", |t| t.group.clone()),
-    Column::narrow("expires_at", |t| t.expires_at.clone()),
+    Column::time("expires_at", |t| t.expires_at.clone()),
     Column::narrow("created_by", |t| t.created_by.clone()),
-    Column::wide("created_at", |t| t.created_at.clone()),
+    Column::wide_time("created_at", |t| t.created_at.clone()),
 ];
 
 const NEW: [Column<NewToken>; 5] = [
-    Column::narrow("id", |t| t.view.id.clone()),
+    Column::id("id", |t| t.view.id.clone()),
     Column::narrow("group", |t| t.view.group.clone()),
     Column::narrow("uses", |t| t.view.uses.to_string()),
-    Column::narrow("expires_at", |t| t.view.expires_at.clone()),
+    Column::time("expires_at", |t| t.view.expires_at.clone()),
     Column::narrow("token", |t| t.token.clone()),
 ];
 

@@ -1,0 +1,89 @@
+//! `tmctl endpoint`.
+
+use clap::{
+    Subcommand,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
+use tm_api::{event::IncidentState, status::Query};
+
+use super::order::query;
+
+/// `tmctl endpoint`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Endpoint {
+    /// List endpoints
+    #[command(long_about = "List endpoints.\n\nExamples:\n  \
+        tmctl endpoint list --disconnected\n  \
+        tmctl endpoint list --query needs-cleanup\n  \
+        tmctl endpoint list --search 192.168.0,web -o csv")]
+    List {
+        /// Only those that this finds: addresses, prefixes (192.168.0), CIDR, starts of host names;
+        /// separated by commas
+        #[arg(long)]
+        search: Option<String>,
+        /// Only those of this group
+        #[arg(long)]
+        group: Option<String>,
+        /// Only those that this line of `tmctl status` counts
+        #[arg(long, value_parser = query())]
+        query: Option<Query>,
+        /// Only those whose agent has a session
+        #[arg(long, conflicts_with = "disconnected")]
+        connected: bool,
+        /// Only those whose agent is away
+        #[arg(long)]
+        disconnected: bool,
+    },
+    /// Show what is known about one endpoint
+    Show {
+        /// Endpoint id, host name or address
+        target: String,
+    },
+    /// List the newest threat events of one endpoint, oldest first
+    #[command(long_about = "List the newest threat events of one endpoint, oldest first. \
+        `tmctl event list --endpoint` does the same with more filters.\n\n\
+        Example:\n  tmctl endpoint events web-07")]
+    Events {
+        /// Endpoint id, host name or address
+        target: String,
+        /// Most events
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 100,
+            value_parser = clap::value_parser!(u32).range(1..=1000)
+        )]
+        limit: u32,
+    },
+    /// List the incidents of one endpoint, newest first
+    #[command(long_about = "List the incidents of one endpoint, newest first. An incident is the work that \
+        detections of one rule make; cleanup is ordered for those that await it.\n\n\
+        Example:\n  tmctl endpoint incidents web-07 --state awaiting-cleanup")]
+    Incidents {
+        /// Endpoint id, host name or address
+        target: String,
+        /// Only those in this state
+        #[arg(long, value_parser = incident_state())]
+        state: Option<IncidentState>,
+        /// Most incidents
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 100,
+            value_parser = clap::value_parser!(u32).range(1..=1000)
+        )]
+        limit: u32,
+    },
+    /// Put an endpoint into another group
+    SetGroup {
+        /// Endpoint id, host name or address
+        target: String,
+        /// Its new group; an endpoint is in exactly one
+        group: String,
+    },
+}
+
+fn incident_state() -> impl TypedValueParser<Value = IncidentState> {
+    PossibleValuesParser::new(IncidentState::ALL.iter().map(|state| state.word()))
+        .map(|word| IncidentState::from_word(&word).expect("the parser takes only states' words"))
+}

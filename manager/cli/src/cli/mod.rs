@@ -1,0 +1,283 @@
+//! The command line: every noun and verb, and what their help teaches.
+//!
+//! The nouns that stand for work on endpoints have files of their own.
+
+mod cleanup;
+mod endpoint;
+mod event;
+mod order;
+mod scan;
+mod task;
+mod vault;
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{
+    Parser, Subcommand,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
+use clap_complete::Shell;
+use tm_api::account::Role;
+
+pub(crate) use self::{
+    cleanup::{Cleanup, RunCleanup},
+    endpoint::Endpoint,
+    event::{Event, EventFilter, ListEvents},
+    order::{Terms, To},
+    scan::{Scan, StartScan},
+    task::Task,
+    vault::{RunRestore, Vault},
+};
+use crate::{duration, output::Format};
+
+/// Above what every command takes.
+const GLOBAL: &str = "Options of every command";
+
+/// The administrator's command line for Threat Management.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tmctl",
+    version,
+    max_term_width = 80,
+    disable_help_subcommand = true,
+    long_about = "The administrator's command line for Threat Management.\n\n\
+        It asks one manager, the one that the profile names. Data go to standard output (choose how with \
+        -o), talk to standard error.\n\n\
+        First steps:\n  \
+        tmctl status\n  \
+        tmctl endpoint list\n  \
+        tmctl pattern import rules.yar\n  \
+        tmctl scan start web-07 --path /srv --wait\n  \
+        tmctl cleanup run web-07 --dry-run\n  \
+        tmctl cleanup run web-07 --wait",
+    after_long_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 timed out, 130 ended with \
+        Ctrl-C while waiting. Of several tasks, a failed one counts first, then a refused one, then one that \
+        took too long; cancelled counts as failed, expired as timed out. What was refused only in part (some \
+        files and not others) counts as refused.\n\
+        `scan start --wait`: 10 if anything was detected, else 1, 3 or 4 if a task did not end well, else 11 \
+        if not everything could be looked at, else 0 (clean)."
+)]
+pub(crate) struct Cli {
+    /// The file that says where the manager is and who asks
+    /// [default: ~/.config/tmctl/profile.toml]
+    #[arg(
+        long,
+        global = true,
+        env = "TMCTL_PROFILE",
+        value_name = "FILE",
+        hide_env_values = true,
+        help_heading = GLOBAL
+    )]
+    pub(crate) profile: Option<PathBuf>,
+    /// How data are printed
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_enum,
+        default_value_t = Format::Table,
+        value_name = "FORMAT",
+        help_heading = GLOBAL
+    )]
+    pub(crate) output: Format,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The nouns.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show what waits for somebody, and the command for it
+    #[command(
+        long_about = "Show the overview: how many endpoints need what, and the next command for each.\n\n\
+        The counts are of work that waits for a person. What is ordered already, and waits or runs, stands \
+        beside it as `queued automatically`. `tmctl endpoint list --query NAME` lists what a line counts.\n\n\
+        Examples:\n  \
+        tmctl status\n  \
+        tmctl status -o json"
+    )]
+    Status,
+    /// Show why an endpoint is as it is, and what to do next
+    #[command(
+        long_about = "Show why an endpoint is as it is: whether it can be reached, its incidents, tasks \
+        and newest events, and what to do next.\n\n\
+        Example:\n  tmctl why web-07"
+    )]
+    Why {
+        /// Endpoint id, host name or address
+        #[arg(value_name = "ENDPOINT")]
+        target: String,
+    },
+    /// The machines that agents run on
+    #[command(subcommand)]
+    Endpoint(Endpoint),
+    /// Look at files on endpoints
+    #[command(subcommand)]
+    Scan(Scan),
+    /// Remove what was detected
+    #[command(subcommand)]
+    Cleanup(Cleanup),
+    /// Removed files, which can be put back
+    #[command(subcommand)]
+    Vault(Vault),
+    /// The Threat Event Log: what happened
+    #[command(subcommand)]
+    Event(Event),
+    /// Orders, and how far they have come
+    #[command(subcommand)]
+    Task(Task),
+    /// What scans look for
+    #[command(subcommand)]
+    Pattern(Pattern),
+    /// Enrollment tokens, which let agents in
+    #[command(subcommand)]
+    Token(Token),
+    /// Who may use the manager
+    #[command(subcommand)]
+    Account(Account),
+    /// Who ordered what
+    #[command(subcommand)]
+    Audit(Audit),
+    /// Show the versions of tmctl and the manager, and who is asking
+    Version,
+    /// Print a script that completes tmctl's commands in a shell
+    #[command(long_about = "Print a script that completes tmctl's commands in a shell.\n\n\
+        Example:\n  tmctl completions bash > ~/.bash_completion.d/tmctl")]
+    Completions {
+        /// For which shell
+        shell: Shell,
+    },
+    /// Write the manual pages into a folder
+    #[command(hide = true)]
+    Man {
+        /// The folder
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
+}
+
+/// `tmctl pattern`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Pattern {
+    /// Import a pattern (YARA rules or a list of digests)
+    #[command(long_about = "Import a pattern: YARA rules or a list of digests, told apart by content.\n\n\
+        The manager compiles it first; mistakes are shown as FILE:LINE:COL and nothing is imported. A newer \
+        import under the same name is the one that the name means from then on.\n\n\
+        Example:\n  tmctl pattern import rules.yar --name fleet-rules")]
+    Import {
+        /// The file
+        file: PathBuf,
+        /// What people will call it [default: the file's name]
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List patterns
+    List,
+    /// Show one pattern
+    Show {
+        /// Its name, digest, or the start of the digest (8 digits or more)
+        pattern: String,
+    },
+}
+
+/// `tmctl token`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Token {
+    /// Make an enrollment token; it is shown only now
+    #[command(
+        long_about = "Make an enrollment token and print it, and nothing else, on standard output. It is \
+        a secret, and it is shown only now.\n\n\
+        Example:\n  tmctl token create --uses 10 --group servers > token\n\n\
+        On each endpoint:\n  tm-agent enroll --data /var/lib/tm-agent --token-file token"
+    )]
+    Create {
+        /// How many agents it lets in
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        uses: u32,
+        /// How long it is good for
+        #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration::parse)]
+        expires: Duration,
+        /// The group its endpoints start in
+        #[arg(long, default_value = "default")]
+        group: String,
+    },
+    /// List enrollment tokens (without their secrets)
+    List,
+    /// End an enrollment token; agents that it let in stay
+    Revoke {
+        /// Its id
+        id: String,
+    },
+}
+
+/// `tmctl account`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Account {
+    /// Make an account and print its token; it is shown only now
+    Create {
+        /// Its name
+        name: String,
+        /// What it may do
+        #[arg(long, value_parser = role())]
+        role: Role,
+    },
+    /// List accounts
+    List,
+    /// Delete an account; its token ends
+    Delete {
+        /// Its name
+        name: String,
+    },
+    /// Make a new token for an account and print it; the old one ends
+    Token {
+        /// Its name
+        name: String,
+    },
+}
+
+/// `tmctl audit`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Audit {
+    /// List who ordered what, oldest first
+    List {
+        /// Only records after this number
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        after: i64,
+    },
+    /// Check that no record was changed, removed or put in
+    #[command(
+        long_about = "Check that no record was changed, removed or put in: recompute the hash chain of \
+        the whole log on this machine.\n\n\
+        Prints the newest record's number and hash. Note them elsewhere: a log that was cut off at its end is \
+        whole as far as it goes, and only the note shows that more was there."
+    )]
+    Verify,
+}
+
+fn role() -> impl TypedValueParser<Value = Role> {
+    PossibleValuesParser::new(Role::ALL.map(Role::word))
+        .map(|word| Role::from_word(&word).expect("the parser takes only roles' words"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent_and_fits_80_columns() {
+        fn check(command: &mut clap::Command) {
+            let help = command.clone().term_width(80).render_long_help().to_string();
+            for line in help.lines() {
+                assert!(line.chars().count() <= 80, "{}: {line}", command.get_name());
+            }
+            command.get_subcommands_mut().for_each(check);
+        }
+        let mut command = Cli::command();
+        command.clone().debug_assert();
+        command.build();
+        check(&mut command);
+    }
+}

@@ -1,0 +1,110 @@
+//! `tmctl scan`.
+
+use std::{ffi::OsString, time::Duration};
+
+use clap::{Args, Subcommand};
+
+use super::order::{LAST_WORD, To, absolute_path};
+use crate::duration;
+
+/// `tmctl scan`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Scan {
+    /// Order a scan, one task for each endpoint
+    #[command(long_about = "Order a scan, one task for each endpoint.\n\n\
+        Every TARGET means exactly one endpoint; --search, --group and --query mean every one they find. \
+        Without --pattern, all imported patterns are used. Paths are absolute paths on the endpoints.\n\n\
+        With --wait, tmctl stays until every task has ended, prints what was detected and a receipt for each \
+        endpoint, and exits 10 if anything was detected, else 1, 3 or 4 if a task did not end well, else 11 \
+        if not everything could be looked at, else 0. Ending tmctl does not end the scan: `tmctl task \
+        cancel` does.\n\n\
+        Examples:\n  \
+        tmctl scan start web-07 --path /srv --path /home --wait\n  \
+        tmctl scan start --group servers --path / --when-connected \\\n      --expires 7d --reason 'case 12'\n  \
+        tmctl scan start --query needs-cleanup --path / --wait\n  \
+        tmctl scan start 10.0.0.7 --path /tmp --wait -o json > receipt.json")]
+    Start(Box<StartScan>),
+}
+
+/// `tmctl scan start`.
+#[derive(Debug, Args)]
+pub(crate) struct StartScan {
+    /// For whom.
+    #[command(flatten)]
+    pub(crate) to: To,
+    /// A file or folder to look at; may be given again
+    #[arg(long = "path", value_name = "PATH", required = true, value_parser = absolute_path())]
+    pub(crate) paths: Vec<OsString>,
+    /// A pattern to look with, by name or digest; may be given again
+    #[arg(long = "pattern", value_name = "NAME")]
+    pub(crate) patterns: Vec<String>,
+    /// Keep the order also for endpoints that are not connected now
+    #[arg(long)]
+    pub(crate) when_connected: bool,
+    /// How long it may wait to be begun
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration::parse)]
+    pub(crate) expires: Duration,
+    /// How long it may run
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration::parse)]
+    pub(crate) deadline: Duration,
+    /// Why, for the record
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(crate) reason: String,
+    /// How many containers deep to look; 0 reads archives raw only
+    #[arg(long, value_name = "N")]
+    pub(crate) max_depth: Option<u32>,
+    /// Longest time for one file
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
+    pub(crate) file_timeout: Option<Duration>,
+    /// Stay until every task has ended, and exit by the outcome
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Stay no longer than this [default: as long as the tasks may take]
+    #[arg(long, value_name = "DURATION", requires = "wait", value_parser = duration::parse)]
+    pub(crate) timeout: Option<Duration>,
+}
+
+impl StartScan {
+    /// The longest that the command stays.
+    pub(crate) fn patience(&self) -> Duration {
+        self.timeout.unwrap_or(self.expires + self.deadline + LAST_WORD)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt as _;
+
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    #[test]
+    fn what_makes_no_sense_is_wrong_usage() {
+        let start = ["tmctl", "scan", "start"];
+        let parse = |more: &[&str]| Cli::try_parse_from(start.iter().chain(more));
+        assert!(parse(&["web", "--path", "/srv", "--wait", "--timeout", "5m", "-o", "json"]).is_ok());
+        assert!(parse(&["--group", "g", "--path", "/srv"]).is_ok());
+        assert!(parse(&["--query", "needs-cleanup", "--path", "/srv"]).is_ok());
+        for bad in [
+            &["web"][..],
+            &["--path", "/srv"],
+            &["web", "--path", "srv"],
+            &["web", "--path", "/srv", "--timeout", "5m"],
+            &["web", "--path", "/srv", "--expires", "5"],
+            &["--query", "needs-holiday", "--path", "/srv"],
+        ] {
+            assert_eq!(parse(bad).unwrap_err().exit_code(), 2, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_keeps_its_exact_bytes() {
+        let path = OsString::from_vec(b"/srv/\xff\n".to_vec());
+        let args = ["tmctl", "scan", "start", "web", "--path"].map(OsString::from);
+        let cli = Cli::try_parse_from(args.into_iter().chain([path.clone()])).unwrap();
+        let Command::Scan(Scan::Start(start)) = cli.command else { panic!("another command") };
+        assert_eq!(start.paths, [path]);
+    }
+}
