@@ -51,8 +51,6 @@ pub(crate) struct WouldHold {
     pub(crate) sha256: Sha256,
     /// Its size, in bytes.
     pub(crate) size: u64,
-    /// How many other names of the same file would remain.
-    pub(crate) other_links: u64,
     /// As in [`Held`].
     pub(crate) notes: Vec<Failure>,
 }
@@ -127,7 +125,6 @@ impl Vault {
         Ok(WouldHold {
             sha256,
             size: examined.seen.size,
-            other_links: examined.seen.links.saturating_sub(1),
             notes: examined.notes(),
         })
     }
