@@ -53,17 +53,18 @@ fn stay(stage: &mut Stage) -> anyhow::Result<()> {
     writeln!(text, "The manager and both agents go on running. In another terminal:\n")?;
     writeln!(text, "  export TMCTL_PROFILE={}", stage.profile())?;
     writeln!(text, "  alias tmctl={}", tmctl.display())?;
-    for Place { endpoint, folder, .. } in places(stage) {
-        writeln!(text, "  tmctl scan start {endpoint} --path {folder} --wait")?;
-    }
-    writeln!(text, "  tmctl status")?;
-    for Place { endpoint, .. } in places(stage) {
+    writeln!(text, "  tmctl endpoint list")?;
+    // The files that were put back are found again.
+    if let Some(Place { endpoint, .. }) = places(stage).last() {
+        writeln!(text, "  tmctl scan start {endpoint} --path {} --wait", cleanup::outbreak(stage))?;
+        writeln!(text, "  tmctl status")?;
+        writeln!(text, "  tmctl cleanup run {endpoint} --dry-run")?;
+        writeln!(text, "  tmctl cleanup run {endpoint} --wait")?;
         writeln!(text, "  tmctl why {endpoint}")?;
     }
-    writeln!(text, "  tmctl cleanup run --query needs-cleanup --dry-run --yes")?;
-    writeln!(text, "  tmctl vault list")?;
+    writeln!(text, "  tmctl vault list --limit 5")?;
     writeln!(text, "  tmctl event list")?;
-    writeln!(text, "  tmctl audit list")?;
+    writeln!(text, "  tmctl audit verify")?;
     writeln!(text, "  {} status --data {}", agent.display(), stage.data("agent-1"))?;
     let pids = stage.pids().join(", ");
     writeln!(text, "\nProcesses: {pids}. Ctrl-C ends them and removes {}.", stage.data(""))?;
