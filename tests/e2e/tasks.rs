@@ -21,8 +21,8 @@ const LONG: Duration = Duration::from_secs(240);
 fn folder(lab: &Lab, name: &str, infected: usize) -> PathBuf {
     let folder = lab.folder(name);
     for number in 0..infected {
-        fs::write(folder.join(format!("bad-{number}")), samples::eicar()).unwrap();
-        fs::write(folder.join(format!("good-{number}")), format!("{number}")).unwrap();
+        fs::write(folder.join(format!("bad-{number}")), samples::eicar()).expect("the lab is writable");
+        fs::write(folder.join(format!("good-{number}")), format!("{number}")).expect("the lab is writable");
     }
     folder
 }
@@ -30,7 +30,7 @@ fn folder(lab: &Lab, name: &str, infected: usize) -> PathBuf {
 /// Orders a scan that may wait; its task.
 fn order(lab: &Lab, agent: &Agent, path: &Path, more: &[&str]) -> String {
     let mut args = vec!["scan", "start", &agent.id, "--when-connected", "-o", "json", "--path"];
-    args.push(path.to_str().unwrap());
+    args.push(path.to_str().expect("the lab's paths are text"));
     args.extend(more);
     let made = lab.tmctl(args).expect(0).json();
     rows(&made)[0]["id"].as_str().expect("a task has an id").to_owned()
@@ -50,7 +50,7 @@ fn wait_over(lab: &Lab, id: &str) -> Value {
 
 fn detections(lab: &Lab, id: &str) -> Vec<String> {
     let found = rows(&lab.rest(&format!("/v1/tasks/{id}/detections")));
-    found.iter().map(|row| row["path"].as_str().unwrap().to_owned()).collect()
+    found.iter().map(|row| row["path"].as_str().expect("a detection has a path").to_owned()).collect()
 }
 
 #[test]
@@ -298,7 +298,7 @@ fn stored(lab: &Lab, id: &str) -> i64 {
     loop {
         let page = rows(&lab.rest(&format!("/v1/tasks/{id}/detections?after={low}")));
         let Some(last) = page.last() else { return low };
-        low = last["id"].as_i64().unwrap();
+        low = last["id"].as_i64().expect("a detection has a number");
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use tm_protocol::{
     ids::{Sha256, TaskId},
-    message::{Outcome, Progress},
+    message::{Outcome, Progress, Report},
     report::{Failure, ItemReport, ItemVerdict, PathBytes, Tally, Verdict},
     task::{RestoreSpec, ScanLimits},
 };
@@ -195,6 +195,8 @@ struct Items<'a> {
     context: &'a Context,
     waiting: Vec<ItemReport>,
     bytes: usize,
+    /// [`Report::weight`] of a report with what waits.
+    weight: usize,
     since: Instant,
     progress: Progress,
 }
@@ -202,17 +204,19 @@ struct Items<'a> {
 impl<'a> Items<'a> {
     fn new(task: TaskId, context: &'a Context) -> Self {
         let progress = Progress { task, files: 0, bytes: 0, detections: 0, skipped: 0 };
-        Self { task, context, waiting: Vec::new(), bytes: 0, since: Instant::now(), progress }
+        Self { task, context, waiting: Vec::new(), bytes: 0, weight: 1, since: Instant::now(), progress }
     }
 
     fn tell(&mut self, item: ItemReport) {
         let notes: usize =
             item.notes.iter().chain(&item.failure).map(|n| n.code.len() + n.message.len()).sum();
         let size = item.path.0.len() + item.detections.len() * 32 + notes;
-        if self.bytes + size > BATCH_BYTES {
+        let weight = 1 + item.detections.len();
+        if self.bytes + size > BATCH_BYTES || self.weight + weight > Report::MAX_WEIGHT {
             self.flush();
         }
         self.bytes += size;
+        self.weight += weight;
         self.progress.files += 1;
         self.progress.bytes = self.progress.bytes.saturating_add(item.size);
         if matches!(item.verdict, ItemVerdict::Refused | ItemVerdict::Failed) {
@@ -227,6 +231,7 @@ impl<'a> Items<'a> {
 
     fn flush(&mut self) {
         self.bytes = 0;
+        self.weight = 1;
         self.since = Instant::now();
         let items = std::mem::take(&mut self.waiting);
         if !items.is_empty() {

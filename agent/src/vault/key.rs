@@ -6,8 +6,9 @@
 
 use std::{fs, io, path::Path};
 
-use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Salt};
+use hkdf::Hkdf;
 use rustix::fs::OFlags;
+use sha2::Sha256;
 use tm_protocol::ids::VaultId;
 use zeroize::Zeroizing;
 
@@ -19,7 +20,7 @@ const LEN: usize = 8 + 32 + 4;
 
 /// The key of one vault.
 pub(super) struct VaultKey {
-    secret: Zeroizing<[u8; 32]>,
+    secret: Hkdf<Sha256>,
 }
 
 impl VaultKey {
@@ -32,7 +33,7 @@ impl VaultKey {
         let io = |doing, source| VaultError::Io { doing, on: on.clone(), source };
         match read(path) {
             Ok(text) => match parse(&text) {
-                Some(secret) => Ok(Self { secret }),
+                Some(secret) => Ok(Self::new(&secret)),
                 None if may_make => Self::make(path),
                 None => Err(VaultError::Key("damaged")),
             },
@@ -59,7 +60,11 @@ impl VaultKey {
             let _ = fs::remove_file(path.with_extension("new"));
             VaultError::Io { doing: "write", on: bytes(path), source }
         })?;
-        Ok(Self { secret })
+        Ok(Self::new(&secret))
+    }
+
+    fn new(secret: &[u8; 32]) -> Self {
+        Self { secret: Hkdf::new(None, secret) }
     }
 
     /// Names the key without giving anything of it away, to tell another vault's item from a damaged one.
@@ -78,18 +83,7 @@ impl VaultKey {
     }
 
     fn expand(&self, info: &[u8], out: &mut [u8]) {
-        let key = Salt::new(HKDF_SHA256, &[]).extract(self.secret.as_ref());
-        let filled = key.expand(&[info], Len(out.len())).and_then(|bytes| bytes.fill(out));
-        filled.expect("far below 255 times the digest's length");
-    }
-}
-
-/// How many bytes to expand to.
-struct Len(usize);
-
-impl KeyType for Len {
-    fn len(&self) -> usize {
-        self.0
+        self.secret.expand(info, out).expect("far below 255 times the digest's length");
     }
 }
 

@@ -11,7 +11,7 @@
 
 use std::io::{self, Read, Write};
 
-use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use aes_gcm::{Aes256Gcm, KeyInit as _, aead::AeadInOut as _};
 
 /// Plain bytes in a chunk.
 pub(super) const CHUNK: usize = 64 << 10;
@@ -27,7 +27,7 @@ pub(super) fn sealed_len(plain: u64) -> u64 {
 /// Seals what is written to it.
 pub(super) struct Sealer<W> {
     out: W,
-    cipher: LessSafeKey,
+    cipher: Aes256Gcm,
     bound: Vec<u8>,
     number: u32,
     chunk: Vec<u8>,
@@ -37,7 +37,7 @@ impl<W: Write> Sealer<W> {
     /// Seals to `out` with a key that serves nothing else, bound to `bound`.
     pub(super) fn new(out: W, key: &[u8; 32], bound: &[u8]) -> Self {
         let chunk = Vec::with_capacity(CHUNK + TAG);
-        Self { out, cipher: cipher(key), bound: bound.to_vec(), number: 0, chunk }
+        Self { out, cipher: Aes256Gcm::new(key.into()), bound: bound.to_vec(), number: 0, chunk }
     }
 
     /// Takes more bytes.
@@ -67,8 +67,9 @@ impl<W: Write> Sealer<W> {
     }
 
     fn flush_chunk(&mut self, last: bool) -> io::Result<()> {
+        let nonce = nonce(self.number, last);
         self.cipher
-            .seal_in_place_append_tag(nonce(self.number, last), Aad::from(&self.bound), &mut self.chunk)
+            .encrypt_in_place(&nonce.into(), &self.bound, &mut self.chunk)
             .map_err(|_| io::Error::other("a chunk cannot be encrypted"))?;
         self.out.write_all(&self.chunk)?;
         self.chunk.clear();
@@ -83,7 +84,7 @@ pub(super) struct Opener<R> {
     input: R,
     /// Sealed bytes that are not read yet.
     left: u64,
-    cipher: LessSafeKey,
+    cipher: Aes256Gcm,
     bound: Vec<u8>,
     number: u32,
     chunk: Vec<u8>,
@@ -95,10 +96,11 @@ pub(super) struct Opener<R> {
 impl<R: Read> Opener<R> {
     /// Opens `len` bytes of `input`.
     pub(super) fn new(input: R, len: u64, key: &[u8; 32], bound: &[u8]) -> Self {
+        let cipher = Aes256Gcm::new(key.into());
         Self {
             input,
             left: len,
-            cipher: cipher(key),
+            cipher,
             bound: bound.to_vec(),
             number: 0,
             chunk: Vec::with_capacity(CHUNK + TAG),
@@ -117,13 +119,12 @@ impl<R: Read> Opener<R> {
             return Err(damaged());
         }
         self.left -= len;
-        let bound = Aad::from(&self.bound);
-        let opened = self.cipher.open_in_place(nonce(self.number, last), bound, &mut self.chunk);
-        let Ok(plain) = opened.map(|plain| plain.len()) else {
+        let opened =
+            self.cipher.decrypt_in_place(&nonce(self.number, last).into(), &self.bound, &mut self.chunk);
+        if opened.is_err() {
             self.chunk.clear();
             return Err(damaged());
-        };
-        self.chunk.truncate(plain);
+        }
         self.number = self.number.checked_add(1).ok_or_else(damaged)?;
         self.ended = last;
         Ok(())
@@ -146,18 +147,13 @@ impl<R: Read> Read for Opener<R> {
     }
 }
 
-fn cipher(key: &[u8; 32]) -> LessSafeKey {
-    LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).expect("the key has the cipher's length"))
-}
-
-/// Never the same twice for one key: the number counts up, and a key serves one stream.
-fn nonce(number: u32, last: bool) -> Nonce {
+fn nonce(number: u32, last: bool) -> [u8; 12] {
     let mut nonce = [0; 12];
     let (_, end) = nonce.split_at_mut(7);
     let (count, flag) = end.split_at_mut(4);
     count.copy_from_slice(&number.to_be_bytes());
     flag.fill(u8::from(last));
-    Nonce::assume_unique_for_key(nonce)
+    nonce
 }
 
 fn damaged() -> io::Error {

@@ -146,9 +146,9 @@ impl Journal {
         let ends: HashMap<u64, TaskId> = records
             .iter()
             .filter(|record| record.epoch() == Some(journal.epoch))
-            .filter_map(|record| match record {
-                Record::Report { sequence, ends, .. } => Some((*sequence, (*ends)?)),
-                _ => None,
+            .filter_map(|record| {
+                let Record::Report { sequence, ends, .. } = record else { return None };
+                Some((*sequence, (*ends)?))
             })
             .collect();
         let outbox = journal.outbox(&ends);
@@ -252,9 +252,11 @@ impl Journal {
     /// # Errors
     /// `NotFound` if there is none of that number; `InvalidData` if it is damaged by now.
     pub(crate) fn report(&self, sequence: u64) -> io::Result<Vec<u8>> {
-        match self.read(Key::Report(sequence))? {
-            Record::Report { frame, .. } => Ok(frame),
-            _ => Err(io::ErrorKind::InvalidData.into()),
+        let record = self.read(Key::Report(sequence))?;
+        if let Record::Report { frame, .. } = record {
+            Ok(frame)
+        } else {
+            Err(io::ErrorKind::InvalidData.into())
         }
     }
 
@@ -263,9 +265,11 @@ impl Journal {
     /// # Errors
     /// As [`Journal::report`].
     pub(crate) fn notice(&self, number: u64) -> io::Result<Notice> {
-        match self.read(Key::Notice(number))? {
-            Record::Notice { notice, .. } => Ok(notice),
-            _ => Err(io::ErrorKind::InvalidData.into()),
+        let record = self.read(Key::Notice(number))?;
+        if let Record::Notice { notice, .. } = record {
+            Ok(notice)
+        } else {
+            Err(io::ErrorKind::InvalidData.into())
         }
     }
 
