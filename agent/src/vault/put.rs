@@ -122,11 +122,7 @@ impl Vault {
         self.check_room(&examined.metadata(None))?;
         let (sha256, _) = digest(&examined.file, path)?;
         examined.still(judged, sha256)?;
-        Ok(WouldHold {
-            sha256,
-            size: examined.seen.size,
-            notes: examined.notes(),
-        })
+        Ok(WouldHold { sha256, size: examined.seen.size, notes: examined.notes() })
     }
 
     fn examine(&self, path: &PathBytes, judged: Option<&Judged>) -> Result<Examined, VaultError> {
