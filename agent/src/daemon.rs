@@ -62,6 +62,8 @@ const CARE: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_secs(1);
 /// How far the wall clock may drift between two looks before it counts as a jump, in milliseconds.
 const CLOCK_JUMP_MS: u64 = 60_000;
+/// How far the manager's clock may differ from ours for ours to be trusted, in milliseconds.
+const CLOCK_DIFFERENCE_MS: u64 = 3_600_000;
 /// What running tasks have told and the loop has not heard; beyond it they wait.
 const TOLD: usize = 64;
 
@@ -126,6 +128,7 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
         nonce: rand::random(),
         shown: care::Shown::default(),
         last_care: None,
+        is_clock_trusted: false,
         config,
         clock_offset_ms: None,
         welcomed_at: None,
@@ -195,6 +198,8 @@ struct Agent {
     /// The vault as the manager was last told of it.
     shown: care::Shown,
     last_care: Option<Instant>,
+    /// The manager's clock says the same as ours.
+    is_clock_trusted: bool,
     config: Config,
     /// Wall time less elapsed time, when last looked at.
     clock_offset_ms: Option<i64>,
@@ -374,6 +379,12 @@ impl Agent {
     fn welcomed(&mut self, address: &Address, welcome: &Welcome) {
         tracing::info!(%address, manager = %welcome.manager, "Connected.");
         self.welcomed_at = Some(Instant::now());
+        let is_trusted = welcome.clock_ms.abs_diff(now().unix_ms) < CLOCK_DIFFERENCE_MS;
+        if is_trusted && !std::mem::replace(&mut self.is_clock_trusted, is_trusted) {
+            // Now it can be told what is too old.
+            self.last_care = None;
+        }
+        self.is_clock_trusted = is_trusted;
         self.status.manager = Some(address.to_string());
         self.status.since = jiff::Timestamp::now().to_string();
         self.write_status();
@@ -404,7 +415,8 @@ impl Agent {
         self.last_care = Some(Instant::now());
         let (paths, limits) = (self.paths.clone(), self.config.vault);
         let (tell, shown) = (self.tell.clone(), self.shown.clone());
-        tokio::task::spawn_blocking(move || care::look_after(&paths, limits, &shown, &tell));
+        let is_trusted = self.is_clock_trusted;
+        tokio::task::spawn_blocking(move || care::look_after(&paths, limits, is_trusted, &shown, &tell));
     }
 
     fn tick(&mut self) {
@@ -491,6 +503,7 @@ impl Agent {
         let offset = now.unix_ms.saturating_sub(i64::try_from(now.elapsed_ms).unwrap_or(i64::MAX));
         let jump = offset.saturating_sub(self.clock_offset_ms.replace(offset).unwrap_or(offset));
         if jump.unsigned_abs() >= CLOCK_JUMP_MS {
+            self.is_clock_trusted = false;
             let direction = if jump > 0 { "forward" } else { "back" };
             let seconds = jump.unsigned_abs() / 1000;
             tracing::warn!(seconds, direction, "The system's clock jumped.");

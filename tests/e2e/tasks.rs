@@ -349,3 +349,29 @@ fn an_order_for_an_agent_that_is_away_is_called_off_at_once() {
     lab.scan(&agent, &dirty).expect(10);
     assert!(detections(&lab, &id).is_empty(), "it was never begun");
 }
+
+#[test]
+fn a_clock_that_is_months_ahead_does_not_empty_the_vault() {
+    let lab = Lab::start();
+    let mut agent = lab.agent();
+    let bad = lab.path("bad");
+    fs::write(&bad, samples::eicar()).unwrap();
+    agent.stop();
+    let put = agent.command(&["vault", "put", bad.to_str().unwrap()]).expect(0);
+    assert!(!put.out().is_empty());
+    let held = || rows(&lab.tmctl(["vault", "list", "-o", "json"]).expect(0).json()).len();
+    let control = lab.path("clock");
+    fs::write(&control, "+60d").unwrap();
+    fs::write(agent.data.join("agent.toml"), "[vault]\nretention = \"30d\"").unwrap();
+    agent.run_with_clock(&control);
+    lab.wait_connected(&agent);
+    wait_for("the manager to hear of the vault", PATIENCE, || (held() == 1).then_some(()));
+    agent.stop();
+    let list = agent.command(&["vault", "list", "-o", "json"]).expect(0).json();
+    assert_eq!(list.as_array().unwrap().len(), 1, "{list}");
+    // The control: with a clock that agrees with the manager's, what is too old goes.
+    fs::write(agent.data.join("agent.toml"), "[vault]\nretention = \"1s\"").unwrap();
+    agent.run();
+    lab.wait_connected(&agent);
+    wait_for("the vault to be emptied", Duration::from_secs(120), || (held() == 0).then_some(()));
+}

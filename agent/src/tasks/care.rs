@@ -34,12 +34,19 @@ impl Shown {
     }
 }
 
-/// Settles, purges and tells, if anything changed since the manager was last told. Blocks.
-pub(crate) fn look_after(paths: &Paths, limits: Limits, shown: &Shown, tell: &Sender<Told>) {
+/// Settles, purges and tells, if anything changed since the manager was last told. Blocks. Nothing is purged
+/// unless the clock `is_trusted`: one that is a year ahead would make everything look old.
+pub(crate) fn look_after(
+    paths: &Paths,
+    limits: Limits,
+    is_trusted: bool,
+    shown: &Shown,
+    tell: &Sender<Told>,
+) {
     if vault::generation(paths).is_none() {
         return;
     }
-    match tend(paths, limits, shown, tell) {
+    match tend(paths, limits, is_trusted, shown, tell) {
         // Whoever uses it leaves it in order; the next round is soon.
         Ok(()) | Err(VaultError::InUse { .. }) => {}
         Err(error) => {
@@ -49,16 +56,17 @@ pub(crate) fn look_after(paths: &Paths, limits: Limits, shown: &Shown, tell: &Se
     }
 }
 
-fn tend(paths: &Paths, limits: Limits, shown: &Shown, tell: &Sender<Told>) -> Result<(), VaultError> {
+fn tend(
+    paths: &Paths,
+    limits: Limits,
+    is_trusted: bool,
+    shown: &Shown,
+    tell: &Sender<Told>,
+) -> Result<(), VaultError> {
     let mut vault = Vault::open(paths, limits)?;
     notice_recovery(&vault.recover()?, tell);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let now_ms = i64::try_from(now.as_millis()).unwrap_or(i64::MAX);
-    let purged = vault.purge(&Purge::OlderThan(limits.retention), now_ms)?;
-    if !purged.removed.is_empty() {
-        let count = u64::try_from(purged.removed.len()).unwrap_or(u64::MAX);
-        let message = format!("{count} vaulted files were removed for good after their retention");
-        let _ = tell.blocking_send(Told::Notice { code: "vault-purged", message, count });
+    if is_trusted {
+        purge(&mut vault, limits, tell)?;
     }
     if shown.differs(paths) {
         for (at, items) in parts(vault.list()).into_iter().enumerate() {
@@ -69,18 +77,32 @@ fn tend(paths: &Paths, limits: Limits, shown: &Shown, tell: &Sender<Told>) -> Re
     Ok(())
 }
 
+fn purge(vault: &mut Vault, limits: Limits, tell: &Sender<Told>) -> Result<(), VaultError> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now_ms = i64::try_from(now.as_millis()).unwrap_or(i64::MAX);
+    let purged = vault.purge(&Purge::OlderThan(limits.retention), now_ms)?;
+    if !purged.removed.is_empty() {
+        let count = u64::try_from(purged.removed.len()).unwrap_or(u64::MAX);
+        let message = format!("{count} vaulted files were removed for good after their retention");
+        let _ = tell.blocking_send(Told::Notice { code: "vault-purged", message, count });
+    }
+    Ok(())
+}
+
 /// Tells what was settled, if anything was.
 pub(crate) fn notice_recovery(recovered: &Recovered, tell: &Sender<Told>) {
     if recovered.is_empty() {
         return;
     }
     let Recovered { finished, undone, damaged, notes, .. } = recovered;
-    let mut message = format!("finished {finished}, undid {undone}, set aside {damaged}");
+    let mut message = format!(
+        "what was left unsettled in the vault: finished {finished}, undone {undone}, damaged {damaged}"
+    );
     for Failure { code, message: text } in notes.iter().take(16) {
         message.push_str(&format!("; {code}: {text}"));
     }
     let code = if *damaged > 0 { "vault-damaged" } else { "vault-recovered" };
-    tracing::warn!(code, "The vault was left unsettled: {message}.");
+    tracing::warn!(code, "{message}");
     let count = if *damaged > 0 { *damaged } else { finished.saturating_add(*undone) };
     let _ = tell.blocking_send(Told::Notice { code, message, count });
 }
