@@ -7,7 +7,7 @@
 )]
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     fs,
     path::{Path, PathBuf},
 };
@@ -151,6 +151,9 @@ struct Manager {
 struct World {
     folder: PathBuf,
     desk: Option<Desk>,
+    /// Decided, and not yet performed.
+    acts: VecDeque<Act>,
+    is_performing: bool,
     manager: Manager,
     connected: bool,
     lose_acks: bool,
@@ -170,6 +173,8 @@ impl World {
         let mut world = Self {
             folder: folder.to_path_buf(),
             desk: None,
+            acts: VecDeque::new(),
+            is_performing: false,
             manager: Manager::default(),
             connected: false,
             lose_acks: false,
@@ -194,6 +199,7 @@ impl World {
 
     fn die(&mut self) {
         self.desk = None;
+        self.acts.clear();
         self.executors.clear();
         self.hung.clear();
         self.connected = false;
@@ -209,8 +215,13 @@ impl World {
         self.perform(acts);
     }
 
+    /// One after the other: what an act leads to comes after what was decided before it.
     fn perform(&mut self, acts: Vec<Act>) {
-        for act in acts {
+        self.acts.extend(acts);
+        if std::mem::replace(&mut self.is_performing, true) {
+            return;
+        }
+        while let Some(act) = self.acts.pop_front() {
             match act {
                 Act::Send(frame) => self.send(&frame),
                 Act::Start { task, spec, .. } => {
@@ -229,11 +240,13 @@ impl World {
                 }
             }
         }
+        self.is_performing = false;
     }
 
     fn cut(&mut self) {
         if self.connected {
             self.connected = false;
+            self.acts.retain(|act| !matches!(act, Act::Send(_)));
             self.handle(Event::Disconnected);
         }
     }
@@ -389,7 +402,11 @@ impl World {
                 self.manager.ordered.insert(*n);
                 Some(Event::Assigned(assign(*n)))
             }
-            Step::Cancel(n) if connected && self.manager.ordered.contains(n) => {
+            Step::Cancel(n)
+                if connected
+                    && self.manager.ordered.contains(n)
+                    && !self.manager.ends.contains_key(&id(*n)) =>
+            {
                 Some(Event::Cancelled(Cancel { task: id(*n) }))
             }
             Step::Finish(which) => self.pick(*which).map(|task| Event::Finished(task, outcome(task))),
