@@ -233,8 +233,11 @@ impl Agent {
         loop {
             let mut retry_after = Duration::ZERO;
             for address in self.enrolled.addresses.clone() {
+                let before = self.desk.stored();
                 let ended = self.session(&address).await;
-                if self.welcomed_at.take().is_some_and(|at| at.elapsed() >= GOOD_SESSION) {
+                // A session that brought something across was a good one, however short.
+                let was_good = self.welcomed_at.take().is_some_and(|at| at.elapsed() >= GOOD_SESSION);
+                if was_good || self.desk.stored() != before {
                     failures = 0;
                 }
                 let failure = match ended.goodbye {
@@ -381,7 +384,11 @@ impl Agent {
     fn welcomed(&mut self, address: &Address, welcome: &Welcome) {
         tracing::info!(%address, manager = %welcome.manager, "Connected.");
         self.welcomed_at = Some(Instant::now());
-        self.manager_offset_ms = Some(welcome.clock_ms.saturating_sub(elapsed_ms(now())));
+        let offset_ms = welcome.clock_ms.saturating_sub(elapsed_ms(now()));
+        if self.manager_offset_ms.replace(offset_ms).is_none() {
+            // Now it can be told what is too old.
+            self.last_care = None;
+        }
         self.status.manager = Some(address.to_string());
         self.status.since = jiff::Timestamp::now().to_string();
         self.write_status();

@@ -24,7 +24,7 @@ fn lab_with_rule() -> (Lab, Agent) {
 fn dirty(lab: &Lab, name: &str, count: usize) -> PathBuf {
     let folder = lab.folder(name);
     for number in 0..count {
-        fs::write(folder.join(format!("bad-{number:04}")), samples::eicar()).unwrap();
+        fs::write(folder.join(format!("bad-{number:04}")), samples::eicar()).expect("the lab is writable");
     }
     folder
 }
@@ -64,7 +64,7 @@ fn count_of(lab: &Lab, query: &str) -> u64 {
 fn statuses(lab: &Lab, agent: &Agent, kind: &str) -> Vec<String> {
     let events = rows(&lab.tmctl(["endpoint", "events", &agent.id, "-o", "json"]).expect(0).json());
     let of_kind = events.iter().filter(|event| event["kind"] == kind);
-    of_kind.map(|event| event["status"].as_str().unwrap().to_owned()).collect()
+    of_kind.map(|event| event["status"].as_str().expect("an event has a status").to_owned()).collect()
 }
 
 #[test]
@@ -133,7 +133,8 @@ fn what_changed_since_it_was_detected_is_left_alone() {
     let other = lab.path("other");
     fs::write(&other, "innocent").unwrap();
     type Change = fn(&Path, &Path, &Path);
-    let changes: [(&str, Change, (&str, Option<&str>)); 8] = [
+    type Expected = (&'static str, Option<&'static str>);
+    let changes: [(&str, Change, Expected); 8] = [
         ("gone", |bad, _, _| fs::remove_file(bad).unwrap(), ("gone", None)),
         ("rewritten", |bad, _, _| fs::write(bad, "innocent now").unwrap(), ("refused", Some("changed"))),
         ("truncated", |bad, _, _| fs::write(bad, "").unwrap(), ("refused", Some("changed"))),
@@ -228,7 +229,7 @@ fn other_names_of_a_file_and_an_immutable_one() {
 fn rule_for(paths: &[&str]) -> String {
     let mut conditions = Vec::new();
     for path in paths {
-        let bytes = fs::read(path).unwrap();
+        let bytes = fs::read(path).expect("every system has it");
         let digest = tm_protocol::ids::Sha256::of(&bytes);
         conditions.push(format!("hash.sha256(0, filesize) == \"{digest}\""));
     }
@@ -386,6 +387,7 @@ fn a_cleanup_that_is_called_off_keeps_what_it_took() {
     assert_eq!(task["result"]["left"].as_u64().unwrap(), u64::try_from(left).unwrap(), "{task}");
     assert!(left > 0, "control: it was called off in the middle");
     wait_for("the vault's list", PATIENCE, || (vault(&lab).len() == files - left).then_some(()));
+    lab.wait_connected(&agent);
     // The rest waits for a person again, and is removed by the next order.
     assert_eq!(count_of(&lab, "needs-cleanup") + count_of(&lab, "unresolved"), 1);
     clean(&lab, &agent, &[]).expect(0);

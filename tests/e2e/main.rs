@@ -14,6 +14,7 @@ mod skeleton;
 mod standalone;
 mod tasks;
 mod tmctl;
+mod vault;
 
 use std::collections::BTreeSet;
 

@@ -10,7 +10,9 @@ use std::{
 };
 
 use serde_json::Value;
-use tm_tests::{Agent, Lab, PATIENCE, is_long, output::rows, samples, tmpfs::Tmpfs, wait_for};
+use tm_tests::{
+    Agent, Lab, PATIENCE, fault_proxy::Way, is_long, output::rows, samples, tmpfs::Tmpfs, wait_for,
+};
 
 /// Longer than any single step: machines are busy and agents back off.
 const LONG: Duration = Duration::from_secs(240);
@@ -19,8 +21,8 @@ const LONG: Duration = Duration::from_secs(240);
 fn folder(lab: &Lab, name: &str, infected: usize) -> PathBuf {
     let folder = lab.folder(name);
     for number in 0..infected {
-        fs::write(folder.join(format!("bad-{number}")), samples::eicar()).unwrap();
-        fs::write(folder.join(format!("good-{number}")), format!("{number}")).unwrap();
+        fs::write(folder.join(format!("bad-{number}")), samples::eicar()).expect("the lab is writable");
+        fs::write(folder.join(format!("good-{number}")), format!("{number}")).expect("the lab is writable");
     }
     folder
 }
@@ -28,7 +30,7 @@ fn folder(lab: &Lab, name: &str, infected: usize) -> PathBuf {
 /// Orders a scan that may wait; its task.
 fn order(lab: &Lab, agent: &Agent, path: &Path, more: &[&str]) -> String {
     let mut args = vec!["scan", "start", &agent.id, "--when-connected", "-o", "json", "--path"];
-    args.push(path.to_str().unwrap());
+    args.push(path.to_str().expect("the lab's paths are text"));
     args.extend(more);
     let made = lab.tmctl(args).expect(0).json();
     rows(&made)[0]["id"].as_str().expect("a task has an id").to_owned()
@@ -48,7 +50,7 @@ fn wait_over(lab: &Lab, id: &str) -> Value {
 
 fn detections(lab: &Lab, id: &str) -> Vec<String> {
     let found = rows(&lab.rest(&format!("/v1/tasks/{id}/detections")));
-    found.iter().map(|row| row["path"].as_str().unwrap().to_owned()).collect()
+    found.iter().map(|row| row["path"].as_str().expect("a detection has a path").to_owned()).collect()
 }
 
 #[test]
@@ -209,6 +211,9 @@ fn a_damaged_journal_starts_and_is_reported() {
         assert_eq!(detections(&lab, &id).len(), 3, "round {round}, byte {at}");
         agent.stop();
     }
+    let events = rows(&lab.tmctl(["endpoint", "events", &agent.id, "-o", "json"]).expect(0).json());
+    let told = events.iter().filter(|event| event["detail"] == "journal-damaged").count();
+    assert!(told > 0, "damage is reported: {events:?}");
 }
 
 #[test]
@@ -254,4 +259,136 @@ fn a_clock_that_jumps_neither_loses_a_task_nor_ends_it_early() {
         fs::write(&control, "+0").unwrap();
     }
     assert!(lab.is_connected(&agent));
+}
+
+#[test]
+fn findings_arrive_once_each_over_a_link_that_breaks_all_the_time() {
+    let (mut lab, proxy) = Lab::start_behind_proxy();
+    let mut agent = lab.agent();
+    lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
+    let files = if is_long() { 100_000 } else { 4_000 };
+    let kills = if is_long() { 50 } else { 6 };
+    let dirty = lab.folder("dirty");
+    for number in 0..files {
+        let folder = dirty.join(format!("{}", number / 1000));
+        if number % 1000 == 0 {
+            fs::create_dir(&folder).unwrap();
+        }
+        fs::write(folder.join(format!("bad-{number}")), samples::eicar()).unwrap();
+    }
+    proxy.cut_every(Way::Up, Some(50_000));
+    let id = order(&lab, &agent, &dirty, &[]);
+    for kill in 0..kills {
+        let before = stored(&lab, &id);
+        wait_for("more findings to arrive", LONG, || {
+            (stored(&lab, &id) > before || is_over(&task(&lab, &id))).then_some(())
+        });
+        if kill % 2 == 0 {
+            agent.kill9();
+            agent.run();
+        } else {
+            lab.kill9_manager();
+        }
+    }
+    let over = wait_over(&lab, &id);
+    assert_eq!(over["state"], "done", "{over}");
+    assert!(proxy.cuts() > 3, "control: the link broke {} times", proxy.cuts());
+    let mut found = Vec::new();
+    let mut after = 0;
+    loop {
+        let page = rows(&lab.rest(&format!("/v1/tasks/{id}/detections?after={after}")));
+        let Some(last) = page.last() else { break };
+        after = last["id"].as_i64().unwrap();
+        found.extend(page.iter().map(|row| row["path"].as_str().unwrap().to_owned()));
+    }
+    assert_eq!(found.len(), files, "none is missing and none is stored twice");
+    found.sort();
+    found.dedup();
+    assert_eq!(found.len(), files);
+    proxy.cut_every(Way::Up, None);
+}
+
+/// How many findings of a task are stored.
+fn stored(lab: &Lab, id: &str) -> i64 {
+    // Numbers are given without a gap; probing upwards is cheaper than reading all.
+    let mut low = 0;
+    loop {
+        let page = rows(&lab.rest(&format!("/v1/tasks/{id}/detections?after={low}")));
+        let Some(last) = page.last() else { return low };
+        low = last["id"].as_i64().expect("a detection has a number");
+    }
+}
+
+#[test]
+fn a_scan_that_is_called_off_says_so_within_seconds_and_what_it_saw() {
+    let lab = Lab::start();
+    let agent = lab.agent();
+    lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
+    // Begun.
+    let running = order(&lab, &agent, Path::new("/usr"), &[]);
+    wait_for("the scan to begin", PATIENCE, || (task(&lab, &running)["state"] == "running").then_some(()));
+    // Two run at once; this one waits.
+    let second = order(&lab, &agent, Path::new("/usr"), &[]);
+    let waiting = order(&lab, &agent, Path::new("/usr"), &[]);
+    for id in [&waiting, &running, &second] {
+        let begun = std::time::Instant::now();
+        lab.tmctl(["task", "cancel", id, "--wait"]);
+        let took = begun.elapsed();
+        let over = task(&lab, id);
+        assert_eq!(over["state"], "cancelled", "{over}");
+        // Two seconds by promise; the rest is the machine that runs many tests at once.
+        assert!(took < Duration::from_secs(5), "{took:?}");
+    }
+    assert!(task(&lab, &running)["result"]["files"].as_u64().is_some(), "it says what it had looked at");
+    // Called off again, or after its end.
+    lab.tmctl(["task", "cancel", &running]).expect(0);
+    let dirty = folder(&lab, "dirty", 1);
+    lab.scan(&agent, &dirty).expect(10);
+    let done = lab.newest_task(&agent).unwrap()["id"].as_str().unwrap().to_owned();
+    let late = lab.tmctl(["task", "cancel", &done]).expect(3);
+    assert!(late.both().contains("done"), "{}", late.both());
+    lab.tmctl(["audit", "verify"]).expect(0);
+}
+
+#[test]
+fn an_order_for_an_agent_that_is_away_is_called_off_at_once() {
+    let lab = Lab::start();
+    let mut agent = lab.agent();
+    lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
+    let dirty = folder(&lab, "dirty", 1);
+    agent.stop();
+    lab.wait_away(&agent);
+    let id = order(&lab, &agent, &dirty, &[]);
+    lab.tmctl(["task", "cancel", &id]);
+    assert_eq!(task(&lab, &id)["state"], "cancelled");
+    agent.run();
+    lab.wait_connected(&agent);
+    lab.scan(&agent, &dirty).expect(10);
+    assert!(detections(&lab, &id).is_empty(), "it was never begun");
+}
+
+#[test]
+fn a_clock_that_is_months_ahead_does_not_empty_the_vault() {
+    let lab = Lab::start();
+    let mut agent = lab.agent();
+    let bad = lab.path("bad");
+    fs::write(&bad, samples::eicar()).unwrap();
+    agent.stop();
+    let put = agent.command(&["vault", "put", bad.to_str().unwrap()]).expect(0);
+    assert!(!put.out().is_empty());
+    let held = || rows(&lab.tmctl(["vault", "list", "-o", "json"]).expect(0).json()).len();
+    let control = lab.path("clock");
+    fs::write(&control, "+60d").unwrap();
+    fs::write(agent.data.join("agent.toml"), "[vault]\nretention = \"30d\"").unwrap();
+    agent.run_with_clock(&control);
+    lab.wait_connected(&agent);
+    wait_for("the manager to hear of the vault", PATIENCE, || (held() == 1).then_some(()));
+    agent.stop();
+    let list = agent.command(&["vault", "list", "-o", "json"]).expect(0).json();
+    assert_eq!(list.as_array().unwrap().len(), 1, "{list}");
+    // The control: with a clock that agrees with the manager's, what is too old goes.
+    fs::write(agent.data.join("agent.toml"), "[vault]\nretention = \"1s\"").unwrap();
+    agent.run();
+    lab.wait_connected(&agent);
+    wait_for("the vault to be emptied", Duration::from_secs(120), || (held() == 0).then_some(()));
 }

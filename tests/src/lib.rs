@@ -14,7 +14,9 @@ pub mod raw;
 pub mod samples;
 pub mod sim_agent;
 pub mod standalone;
+pub mod strace;
 pub mod tmpfs;
+pub mod vault;
 pub mod wire;
 
 use std::{

@@ -21,7 +21,7 @@ use tm_protocol::{
 };
 use tokio::{
     sync::{Notify, oneshot},
-    time::{sleep, sleep_until},
+    time::{sleep, sleep_until, timeout},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -29,6 +29,8 @@ use crate::wire::{Persona, Wire};
 
 /// Reports, and messages of notices, that may be on their way.
 pub const WINDOW: u64 = 64;
+/// How long a session may take to be opened.
+const OPEN: Duration = Duration::from_secs(20);
 /// Bytes that may wait to be written before more are queued.
 const UNWRITTEN: usize = 64 * 1024;
 
@@ -266,7 +268,8 @@ async fn live(persona: &Persona, at: SocketAddr, shared: &Shared) {
 
 async fn session(persona: &Persona, at: SocketAddr, shared: &Shared) -> io::Result<()> {
     let nonce = u64::try_from(persona.endpoint.uuid().as_u128() & u128::from(u64::MAX)).unwrap_or(0);
-    let (Wire { mut ears, mut mouth }, welcome) = persona.open(at, nonce).await?;
+    let opened = timeout(OPEN, persona.open(at, nonce)).await.map_err(|_| io::ErrorKind::TimedOut)?;
+    let (Wire { mut ears, mut mouth }, welcome) = opened?;
     {
         let mut state = shared.lock();
         state.seen.connected = true;

@@ -71,17 +71,18 @@ impl Persona {
         };
         let mut wire = Wire::connect(at, ALPN_ENROLL, None).await?;
         wire.say(&request.into()).await?;
-        match wire.ears.hear().await? {
-            ToAgent::EnrollReply(EnrollReply::Enrolled { endpoint, certificate, .. }) => {
+        let heard = wire.ears.hear().await?;
+        let ToAgent::EnrollReply(reply) = heard else {
+            return Err(io::Error::other(format!("no answer to an enrollment: {heard:?}")));
+        };
+        match reply {
+            EnrollReply::Enrolled { endpoint, certificate, .. } => {
                 let key: PrivateKeyDer<'static> = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
                 let identity = Identity { chain: vec![CertificateDer::from(certificate)], key };
                 let config = raw::client_config(ALPN_CONTROL, Some(&identity))?;
                 Ok(Self { endpoint, host: host.to_owned(), config })
             }
-            ToAgent::EnrollReply(EnrollReply::Refused(failure)) => {
-                Err(io::Error::other(format!("refused: {failure}")))
-            }
-            other => Err(io::Error::other(format!("no answer to an enrollment: {other:?}"))),
+            EnrollReply::Refused(failure) => Err(io::Error::other(format!("refused: {failure}"))),
         }
     }
 
@@ -92,10 +93,11 @@ impl Persona {
     pub async fn open(&self, at: SocketAddr, nonce: u64) -> io::Result<(Wire, Welcome)> {
         let mut wire = Wire::with(at, Arc::clone(&self.config)).await?;
         wire.say(&self.hello(nonce).into()).await?;
-        match wire.ears.hear().await? {
-            ToAgent::Welcome(welcome) => Ok((wire, welcome)),
-            other => Err(io::Error::other(format!("no welcome: {other:?}"))),
-        }
+        let heard = wire.ears.hear().await?;
+        let ToAgent::Welcome(welcome) = heard else {
+            return Err(io::Error::other(format!("no welcome: {heard:?}")));
+        };
+        Ok((wire, welcome))
     }
 
     /// Its first message. Its one stream is named like its endpoint.

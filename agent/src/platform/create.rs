@@ -146,13 +146,14 @@ pub(crate) fn find_private(parent: impl AsFd, name: &CStr) -> Result<Option<Owne
     if ours { Ok(Some(folder)) } else { Err(Errno::AGAIN) }
 }
 
-/// Removes the empty private folder of that name. One that is gone is as good.
+/// Removes the empty private folder of that name. It is as good if it is gone, or if whoever owns the parent
+/// moved it away and put something else there, which is none of ours.
 ///
 /// # Errors
 /// Whatever the system says.
 pub(crate) fn remove_private(parent: impl AsFd, name: &CStr) -> Result<(), Errno> {
     match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
-        Err(Errno::NOENT) => Ok(()),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
         other => other,
     }
 }

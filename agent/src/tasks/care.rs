@@ -137,12 +137,14 @@ fn recovery_notice(recovered: &Recovered) -> Option<Told> {
         return None;
     }
     let Recovered { finished, undone, damaged, notes, .. } = recovered;
-    let mut message = format!("finished {finished}, undid {undone}, set aside {damaged}");
+    let mut message = format!(
+        "what was left unsettled in the vault: finished {finished}, undone {undone}, damaged {damaged}"
+    );
     for Failure { code, message: text } in notes.iter().take(16) {
         message.push_str(&format!("; {code}: {text}"));
     }
     let code = if *damaged > 0 { "vault-damaged" } else { "vault-recovered" };
-    tracing::warn!(code, "The vault was left unsettled: {message}.");
+    tracing::warn!(code, "{message}");
     let count = if *damaged > 0 { *damaged } else { finished.saturating_add(*undone) };
     Some(Told::Notice { code, message, count })
 }

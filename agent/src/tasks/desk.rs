@@ -185,6 +185,11 @@ impl Desk {
         self.trouble.as_deref()
     }
 
+    /// The highest report and the highest notice that the manager has stored.
+    pub(crate) fn stored(&self) -> (u64, u64) {
+        self.tasks.stored()
+    }
+
     /// The stream that reports are numbered in.
     pub(crate) fn stream(&self) -> StreamId {
         self.tasks.stream()

@@ -4,10 +4,14 @@
 
 use std::collections::VecDeque;
 
-/// Most bytes under way without the manager's word that they are stored.
+/// Most bytes under way without the manager's word that they are stored. A session begins with the smallest
+/// window, and each such word doubles it: a link that breaks all the time still brings something across each
+/// time, because not everything is on its way when it breaks.
 const WINDOW_BYTES: u64 = 1 << 20;
+const WINDOW_BYTES_FIRST: u64 = 8 << 10;
 /// The same as a number of messages.
 const WINDOW: u64 = 64;
+const WINDOW_FIRST: u64 = 4;
 
 /// One lane of numbered messages.
 #[derive(Debug, Default)]
@@ -19,6 +23,8 @@ pub(crate) struct Lane {
     bytes: u64,
     /// The highest number that can ever have been sent: by this process, or by one before it.
     known: u64,
+    /// How often the window has been doubled in this session.
+    doubled: u32,
 }
 
 /// What to send next.
@@ -101,11 +107,13 @@ impl Lane {
         }
         self.let_go(stored);
         self.sent = self.stored;
+        self.doubled = 0;
         Ok(())
     }
 
     /// The manager has stored up to here. It cannot have stored what was not sent to it.
     pub(crate) fn stored_through(&mut self, through: u64) {
+        self.doubled = self.doubled.saturating_add(u32::from(self.stored < through)).min(16);
         self.let_go(through.min(self.known));
     }
 
@@ -122,7 +130,9 @@ impl Lane {
         let number = self.sent.saturating_add(1);
         let slot = self.slot(number)?;
         let under_way: u64 = self.waiting.iter().take(slot).flatten().sum();
-        if self.sent - self.stored >= WINDOW || under_way >= WINDOW_BYTES {
+        let window = (WINDOW_FIRST << self.doubled).min(WINDOW);
+        let window_bytes = (WINDOW_BYTES_FIRST << self.doubled).min(WINDOW_BYTES);
+        if self.sent - self.stored >= window || under_way >= window_bytes {
             return None;
         }
         if self.waiting.get(slot)?.is_some() {
@@ -157,7 +167,8 @@ mod tests {
         let all: Vec<Next> = std::iter::from_fn(|| lane.next()).collect();
         assert_eq!(
             all,
-            [Next::Message(3), Next::Lost { through: 5, count: 2 }, Next::Message(6), Next::Message(7)]
+            [Next::Message(3), Next::Lost { through: 5, count: 2 }, Next::Message(6)],
+            "the seventh is one too many at first"
         );
         lane.stored_through(6);
         assert_eq!((lane.stored(), lane.bytes(), lane.holds(7), lane.holds(6)), (6, 10, true, false));
@@ -165,16 +176,25 @@ mod tests {
         assert_eq!(lane.connected(6), Ok(()));
         lane.lose(7);
         assert_eq!(lane.next(), Some(Next::Lost { through: 7, count: 1 }));
-        for _ in 0..100 {
+        for _ in 0..200 {
             lane.push(1);
         }
-        assert_eq!(std::iter::from_fn(|| lane.next()).count(), 63);
+        // Three more are under way at first; what is stored makes room for more and more.
+        let mut counts = Vec::new();
+        for _ in 0..4 {
+            counts.push(std::iter::from_fn(|| lane.next()).count());
+            lane.stored_through(lane.sent);
+        }
+        assert_eq!(counts, [3, 8, 16, 32]);
+        assert_eq!(std::iter::from_fn(|| lane.next()).count(), 64);
         lane.stored_through(u64::MAX);
-        assert_eq!((lane.stored(), lane.last()), (70, 107), "what was never sent is not stored");
-        assert_eq!(std::iter::from_fn(|| lane.next()).count(), 37);
+        assert_eq!((lane.stored(), lane.last()), (130, 207), "what was never sent is not stored");
+        while lane.next().is_some() {}
+        lane.stored_through(u64::MAX);
+        while lane.next().is_some() {}
         lane.stored_through(u64::MAX);
         assert!(lane.waiting.is_empty());
-        assert_eq!((lane.bytes(), lane.last()), (0, 107));
+        assert_eq!((lane.bytes(), lane.last()), (0, 207));
     }
 
     /// A machine that is set back with all its memory does not know what it has sent since.

@@ -2,7 +2,7 @@
 //! with crashes between any two steps, every order has one end and every report arrives once.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     fs,
     path::{Path, PathBuf},
 };
@@ -146,6 +146,9 @@ struct Manager {
 struct World {
     folder: PathBuf,
     desk: Option<Desk>,
+    /// Decided, and not yet performed.
+    acts: VecDeque<Act>,
+    is_performing: bool,
     manager: Manager,
     connected: bool,
     lose_acks: bool,
@@ -165,6 +168,8 @@ impl World {
         let mut world = Self {
             folder: folder.to_path_buf(),
             desk: None,
+            acts: VecDeque::new(),
+            is_performing: false,
             manager: Manager::default(),
             connected: false,
             lose_acks: false,
@@ -189,6 +194,7 @@ impl World {
 
     fn die(&mut self) {
         self.desk = None;
+        self.acts.clear();
         self.executors.clear();
         self.hung.clear();
         self.connected = false;
@@ -204,8 +210,13 @@ impl World {
         self.perform(acts);
     }
 
+    /// One after the other: what an act leads to comes after what was decided before it.
     fn perform(&mut self, acts: Vec<Act>) {
-        for act in acts {
+        self.acts.extend(acts);
+        if std::mem::replace(&mut self.is_performing, true) {
+            return;
+        }
+        while let Some(act) = self.acts.pop_front() {
             match act {
                 Act::Send(frame) => self.send(&frame),
                 Act::Start { task, spec, .. } => {
@@ -224,11 +235,13 @@ impl World {
                 }
             }
         }
+        self.is_performing = false;
     }
 
     fn cut(&mut self) {
         if self.connected {
             self.connected = false;
+            self.acts.retain(|act| !matches!(act, Act::Send(_)));
             self.handle(Event::Disconnected);
         }
     }

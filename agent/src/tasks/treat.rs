@@ -24,10 +24,8 @@ use crate::{
     vault::{Vault, VaultError},
 };
 
-/// Most items in one report, most of what there is to store of them ([`Report::weight`] without the report
-/// itself), and most of their bytes (paths and notes, roughly).
+/// Most items in one report, and most of their bytes (paths and notes, roughly).
 const BATCH: usize = 32;
-const BATCH_WEIGHT: usize = Report::MAX_WEIGHT - 1;
 const BATCH_BYTES: usize = 96 << 10;
 /// How long an item may wait to be told.
 const BATCH_FOR: Duration = Duration::from_millis(500);
@@ -210,6 +208,7 @@ struct Items<'a> {
     context: &'a Context,
     waiting: Vec<ItemReport>,
     bytes: usize,
+    /// [`Report::weight`] of a report with what waits.
     weight: usize,
     since: Instant,
     progress: Progress,
@@ -218,7 +217,7 @@ struct Items<'a> {
 impl<'a> Items<'a> {
     fn new(task: TaskId, context: &'a Context) -> Self {
         let progress = Progress { task, files: 0, bytes: 0, detections: 0, skipped: 0 };
-        Self { task, context, waiting: Vec::new(), bytes: 0, weight: 0, since: Instant::now(), progress }
+        Self { task, context, waiting: Vec::new(), bytes: 0, weight: 1, since: Instant::now(), progress }
     }
 
     fn tell(&mut self, item: ItemReport) {
@@ -226,7 +225,7 @@ impl<'a> Items<'a> {
             item.notes.iter().chain(&item.failure).map(|n| n.code.len() + n.message.len()).sum();
         let size = item.path.0.len() + item.detections.len() * 32 + notes;
         let weight = 1 + item.detections.len();
-        if self.bytes + size > BATCH_BYTES || self.weight + weight > BATCH_WEIGHT {
+        if self.bytes + size > BATCH_BYTES || self.weight + weight > Report::MAX_WEIGHT {
             self.flush();
         }
         self.bytes += size;
@@ -245,7 +244,7 @@ impl<'a> Items<'a> {
 
     fn flush(&mut self) {
         self.bytes = 0;
-        self.weight = 0;
+        self.weight = 1;
         self.since = Instant::now();
         let items = std::mem::take(&mut self.waiting);
         if !items.is_empty() {

@@ -51,8 +51,6 @@ pub(crate) struct WouldHold {
     pub(crate) sha256: Sha256,
     /// Its size, in bytes.
     pub(crate) size: u64,
-    /// How many other names of the same file would remain.
-    pub(crate) other_links: u64,
     /// As in [`Held`].
     pub(crate) notes: Vec<Failure>,
 }
@@ -124,12 +122,7 @@ impl Vault {
         self.check_room(&examined.metadata(None))?;
         let (sha256, _) = digest(&examined.file, path)?;
         examined.still(judged, sha256)?;
-        Ok(WouldHold {
-            sha256,
-            size: examined.seen.size,
-            other_links: examined.seen.links.saturating_sub(1),
-            notes: examined.notes(),
-        })
+        Ok(WouldHold { sha256, size: examined.seen.size, notes: examined.notes() })
     }
 
     fn examine(&self, path: &PathBytes, judged: Option<&Judged>) -> Result<Examined, VaultError> {
@@ -309,7 +302,9 @@ impl Examined {
     /// Whether the file is what was judged, and did not change while it was read.
     fn still(&self, judged: Option<&Judged>, sha256: Sha256) -> Result<(), VaultError> {
         let now = attributes::attributes(&self.file).map_err(VaultError::io("look at", &self.path))?;
-        if (now.size, now.modified, now.changed) != (self.seen.size, self.seen.modified, self.seen.changed) {
+        let is_other = (now.size, now.modified) != (self.seen.size, self.seen.modified);
+        // A new name or mode changes this time too, and whoever owns the file can give it one all the time.
+        if is_other || (now.changed != self.seen.changed && digest(&self.file, &self.path)?.0 != sha256) {
             return Err(VaultError::Changed(self.path.clone(), "changed while it was read".to_owned()));
         }
         if judged.is_some_and(|judged| judged.sha256 != sha256) {

@@ -80,7 +80,10 @@ pub(super) fn take(target: Target<'_>) -> Result<(), Untaken> {
         }
     };
     if let Err(errno) = move_new(target.parent, target.name, &folder, INSIDE) {
-        // Something from an earlier time in it keeps the folder.
+        if errno == Errno::EXIST {
+            // Something from an earlier time is in it.
+            return Err(Untaken::Unclear(VaultError::Unsettled(target.id)));
+        }
         remove_private(target.parent, &private)
             .map_err(|errno| Untaken::Unclear(io(target, "remove the private folder beside")(errno)))?;
         return Err(Untaken::Intact(match errno {

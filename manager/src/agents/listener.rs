@@ -6,11 +6,11 @@
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::server::Acceptor;
-use tm_protocol::{ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL};
+use tm_protocol::{ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL, ids::EndpointId};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 
@@ -101,19 +101,7 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             let Some(peer) = judge(&link, port).await else { return };
             drop(permit);
             let error = session::run(&mut *link, peer.endpoint, &port.shared).await;
-            match error {
-                LinkError::Frame(_)
-                | LinkError::Protocol(_)
-                | LinkError::Store(_)
-                | LinkError::Unstorable => {
-                    tracing::warn!(endpoint = %peer.endpoint, %error, "A session ended.");
-                }
-                LinkError::Broken(_)
-                | LinkError::Closed
-                | LinkError::Silent
-                | LinkError::Replaced
-                | LinkError::Ending => tracing::info!(endpoint = %peer.endpoint, %error, "A session ended."),
-            }
+            log_end(peer.endpoint, &error, port);
             // The end is said properly, so that the agent sees it at once.
             let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
         }
@@ -132,6 +120,25 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
             drop(permit);
         }
+    }
+}
+
+/// Says that a session ended, unless this endpoint has filled enough of the log.
+fn log_end(endpoint: EndpointId, error: &LinkError, port: &Port) {
+    let now = Instant::now().into_std();
+    if !port.shared.meters.of(endpoint, now).may_log(now) {
+        tracing::debug!(%endpoint, %error, "A session ended.");
+        return;
+    }
+    match error {
+        LinkError::Frame(_) | LinkError::Protocol(_) | LinkError::Store(_) | LinkError::Unstorable => {
+            tracing::warn!(%endpoint, %error, "A session ended.");
+        }
+        LinkError::Broken(_)
+        | LinkError::Closed
+        | LinkError::Silent
+        | LinkError::Replaced
+        | LinkError::Ending => tracing::info!(%endpoint, %error, "A session ended."),
     }
 }
 

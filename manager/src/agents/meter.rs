@@ -21,6 +21,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(20);
 const SESSIONS: Rate = Rate { per_second: 5.0, burst: 50.0 };
 /// Links of one endpoint that wait for their session to be opened; more are sent away.
 const WAITING: u32 = 4;
+/// Lines that one endpoint's sessions may write into the log at a level that people read.
+const LINES: Rate = Rate { per_second: 0.1, burst: 20.0 };
 /// How often an agent above its limits is warned of.
 const WARN: Duration = Duration::from_secs(60);
 /// A line is worth it once an agent has waited so long.
@@ -68,6 +70,7 @@ struct Account {
     rows: Bucket,
     daily_rows: Bucket,
     sessions: Bucket,
+    lines: Bucket,
     waiting: u32,
     warned: Option<Instant>,
     held: HeldBack,
@@ -125,6 +128,7 @@ impl Meters {
                     rows: Bucket::full(limits.rows, now),
                     daily_rows: Bucket::full(limits.daily_rows, now),
                     sessions: Bucket::full(SESSIONS, now),
+                    lines: Bucket::full(LINES, now),
                     waiting: 0,
                     warned: None,
                     held: HeldBack::NONE,
@@ -170,6 +174,17 @@ impl Meter {
         account.waiting += 1;
         let wait = account.sessions.take(1.0, now);
         Some((Turn(self.clone()), wait))
+    }
+
+    /// Whether a line about this endpoint may be logged: one agent must not fill the log.
+    pub(crate) fn may_log(&self, now: Instant) -> bool {
+        let mut account = self.lock();
+        account.lines.refill(now);
+        let may = account.lines.credit >= 1.0;
+        if may {
+            account.lines.credit -= 1.0;
+        }
+        may
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Account> {
@@ -295,6 +310,15 @@ mod tests {
             warnings[1].messages > 29_000 && warnings[1].paused > Duration::from_secs(50),
             "{warnings:?}"
         );
+    }
+
+    #[test]
+    fn one_agent_does_not_fill_the_log() {
+        let start = Instant::now();
+        let meter = meter(start);
+        let minute = |n: u64| start + Duration::from_secs(60) * u32::try_from(n).unwrap();
+        let lines = |at: Instant| (0..1000).filter(|_| meter.may_log(at)).count();
+        assert_eq!((lines(start), lines(minute(1)), lines(minute(60))), (20, 6, 20));
     }
 
     #[test]

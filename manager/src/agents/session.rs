@@ -101,7 +101,9 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
     };
     sleep(wait).await;
     if is_elsewhere(endpoint, &hello, &shared.registry).await {
-        tracing::warn!(%endpoint, "Two agents use one identity; the newer is sent away.");
+        if meter.may_log(Instant::now().into_std()) {
+            tracing::warn!(%endpoint, "Two agents use one identity; the newer is sent away.");
+        }
         let failure =
             Failure::new("identity-in-use", "another agent with this identity is connected and answers");
         return Err(goodbye(link, failure, 60_000).await);
@@ -155,7 +157,9 @@ impl Session<'_> {
         buffer: &mut BytesMut,
         commands: &mut mpsc::Receiver<Command>,
     ) -> Result<Infallible, LinkError> {
-        tracing::info!(endpoint = %self.endpoint, "Connected.");
+        if self.meter.may_log(Instant::now().into_std()) {
+            tracing::info!(endpoint = %self.endpoint, "Connected.");
+        }
         let heartbeat = self.shared.heartbeat;
         let silence = (heartbeat * 2).clamp(Duration::from_secs(1), LONGEST_SILENCE);
         let mut last_heard = Instant::now();

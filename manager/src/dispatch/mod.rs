@@ -163,3 +163,158 @@ fn assign(due: DueTask, now_ms: i64) -> ToAgent {
     }
     .into()
 }
+
+#[cfg(test)]
+mod tests {
+    use tm_protocol::task::{ScanLimits, ScanSpec, TaskSpec, TaskState};
+    use tokio::sync::mpsc;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::store::{
+        endpoints::tests::put,
+        tasks::{Order, Recipient},
+        tests::scratch,
+    };
+
+    const HOUR_MS: i64 = 3_600_000;
+
+    struct Lab {
+        store: Store,
+        registry: Registry,
+        endpoint: EndpointId,
+        told: Told,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Lab {
+        async fn start() -> Self {
+            let (store, folder) = scratch().await;
+            let endpoint = put(&store, 1, "web-07", &[], true).await;
+            let registry = Registry::new(Arc::default());
+            Self { store, registry, endpoint, told: Told::default(), _folder: folder }
+        }
+
+        /// Orders so many scans that are to be begun until `expires_in_ms` after now.
+        async fn order(&self, count: usize, expires_in_ms: i64) -> Vec<TaskId> {
+            let limits = ScanLimits::default();
+            let spec = TaskSpec::Scan(ScanSpec { paths: vec![], patterns: vec![], limits });
+            let order =
+                Order { spec: &spec, issuer: "root", reason: "", expires_in_ms, deadline_ms: HOUR_MS };
+            let tasks: Vec<TaskId> = (0..count).map(|_| TaskId::new(Uuid::now_v7())).collect();
+            let recipients = tasks
+                .iter()
+                .map(|task| Recipient {
+                    task: *task,
+                    endpoint: self.endpoint,
+                    host: "web-07".to_owned(),
+                    is_unsupported: false,
+                })
+                .collect();
+            self.store.create_tasks(&order, recipients, now_ms()).await.unwrap();
+            tasks
+        }
+
+        async fn pass(&mut self) -> bool {
+            pass(&self.store, &self.registry, &mut self.told).await.unwrap()
+        }
+    }
+
+    /// What went out: `+` for an order with the seconds that are left to begin it, `-` for a call to end one.
+    fn heard(outbox: &mut mpsc::Receiver<Command>) -> Vec<(char, TaskId, u64)> {
+        let mut heard = Vec::new();
+        while let Ok(command) = outbox.try_recv() {
+            match command {
+                Command::Send(ToAgent::Assign(assign)) => {
+                    heard.push(('+', assign.task, assign.expires_in_ms.div_ceil(1000)));
+                }
+                Command::Send(ToAgent::Cancel(cancel)) => heard.push(('-', cancel.task, 0)),
+                Command::Send(other) => panic!("{other:?}"),
+                Command::AreYouThere(_) | Command::GiveWay => {}
+            }
+        }
+        heard
+    }
+
+    #[tokio::test]
+    async fn an_order_goes_out_once_a_session_and_a_cancel_until_it_is_answered() {
+        let mut lab = Lab::start().await;
+        let task = lab.order(1, HOUR_MS).await[0];
+        lab.pass().await;
+        let mut outbox = lab.registry.enter(lab.endpoint, 1, 7);
+        lab.pass().await;
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('+', task, 3600)]);
+        // A reconnect: it is sent again, whether or not the agent has it.
+        let mut outbox = lab.registry.enter(lab.endpoint, 2, 7);
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('+', task, 3600)]);
+
+        lab.store.cancel_task(task, "root", now_ms()).await.unwrap();
+        lab.pass().await;
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('-', task, 0)], "once a while");
+        // Not answered: after a reconnect it is told again, and the order is not.
+        let mut outbox = lab.registry.enter(lab.endpoint, 3, 7);
+        let earlier = Instant::now().checked_sub(PASS).expect("the machine runs for more than five seconds");
+        lab.told.0.insert(task, earlier);
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('-', task, 0)]);
+        assert_eq!(lab.store.task(task).await.unwrap().unwrap().state, TaskState::Queued);
+    }
+
+    #[tokio::test]
+    async fn who_cannot_be_reached_has_not_been_sent_anything() {
+        let mut lab = Lab::start().await;
+        // More than one outbox takes. The session reads nothing for a while.
+        let tasks = lab.order(100, HOUR_MS).await;
+        let mut outbox = lab.registry.enter(lab.endpoint, 1, 7);
+        while lab.pass().await {}
+        let held = heard(&mut outbox);
+        assert!((MOST..100).contains(&held.len()), "{}", held.len());
+        let unsent: Vec<TaskId> =
+            tasks.iter().filter(|task| !held.iter().any(|(_, sent, _)| sent == *task)).copied().collect();
+        lab.registry.leave(lab.endpoint, 1);
+        lab.store.cancel_task(unsent[0], "root", now_ms()).await.unwrap();
+        let row = lab.store.task(unsent[0]).await.unwrap().unwrap();
+        assert_eq!(row.state, TaskState::Cancelled, "it never left");
+        lab.store.cancel_task(held[0].1, "root", now_ms()).await.unwrap();
+        let row = lab.store.task(held[0].1).await.unwrap().unwrap();
+        assert_eq!(row.state, TaskState::Queued, "it may have arrived");
+
+        // A session that reads gets all the others, each once.
+        let mut outbox = lab.registry.enter(lab.endpoint, 2, 7);
+        let mut all = Vec::new();
+        for _ in 0..10 {
+            lab.pass().await;
+            all.extend(heard(&mut outbox));
+        }
+        let orders: Vec<TaskId> = all.iter().filter(|(c, ..)| *c == '+').map(|(_, task, _)| *task).collect();
+        let distinct: HashSet<TaskId> = orders.iter().copied().collect();
+        assert_eq!((orders.len(), distinct.len()), (98, 98));
+        assert!(!distinct.contains(&unsent[0]) && !distinct.contains(&held[0].1));
+        assert!(all.contains(&('-', held[0].1, 0)));
+    }
+
+    #[tokio::test]
+    async fn an_order_that_expired_unanswered_is_sent_to_be_answered_and_not_to_be_begun() {
+        let mut lab = Lab::start().await;
+        let task = lab.order(1, 50).await[0];
+        let mut outbox = lab.registry.enter(lab.endpoint, 1, 7);
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox).len(), 1);
+        while lab.store.task(task).await.unwrap().unwrap().expires_ms >= now_ms() {
+            tokio::task::yield_now().await;
+        }
+        let mut outbox = lab.registry.enter(lab.endpoint, 2, 7);
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), [('+', task, 0)]);
+        // One that was never sent and has expired is not sent any more.
+        let unsent = lab.order(1, 1).await[0];
+        while lab.store.task(unsent).await.unwrap().unwrap().expires_ms >= now_ms() {
+            tokio::task::yield_now().await;
+        }
+        lab.pass().await;
+        assert_eq!(heard(&mut outbox), []);
+    }
+}

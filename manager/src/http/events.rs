@@ -37,21 +37,20 @@ pub(crate) async fn list(
     {
         return Err(Error::invalid("the period ends before it begins"));
     }
-    let endpoints = match (&query.endpoint, &query.search) {
-        (Some(_), Some(_)) => return Err(Error::invalid("name an endpoint or a search, not both")),
-        (Some(target), None) => Some(vec![endpoints::one(&state.store, target).await?.id]),
-        (None, Some(search)) => {
-            let filter = Filter { terms: endpoints::terms(search)?, ..Filter::default() };
-            let found: Vec<_> = state.store.endpoints(&filter).await?.into_iter().map(|row| row.id).collect();
-            if found.is_empty() {
-                return Ok(Json(Page { items: Vec::new(), next: None }));
-            }
-            Some(found)
+    let endpoint = match &query.endpoint {
+        Some(_) if query.search.is_some() => {
+            return Err(Error::invalid("name an endpoint or a search, not both"));
         }
-        (None, None) => None,
+        Some(target) => Some(endpoints::one(&state.store, target).await?.id),
+        None => None,
+    };
+    let found = match &query.search {
+        Some(search) => Some(Filter { terms: endpoints::terms(search)?, ..Filter::default() }),
+        None => None,
     };
     let filter = EventFilter {
-        endpoints,
+        endpoint,
+        found,
         kind: query.kind,
         status: query.status,
         since_ms: query.since_ms,

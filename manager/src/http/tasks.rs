@@ -9,6 +9,8 @@ use tm_api::{
 };
 use tm_protocol::{
     ids::TaskId,
+    report::Verdict,
+    task::TaskState,
     text::{escape, escape_for_display},
 };
 
@@ -116,7 +118,7 @@ pub(crate) fn view(row: TaskRow) -> Result<TaskView, StoreError> {
             detections: progress.detections,
             skipped: progress.skipped,
         }),
-        result: row.result.map(result_view).transpose()?,
+        result: row.result.map(|result| result_view(result, row.state)).transpose()?,
         dry_run: row.dry_run,
         cancelling: row.cancel_ms.is_some() && !row.state.is_final(),
         issuer: row.issuer,
@@ -128,9 +130,16 @@ pub(crate) fn view(row: TaskRow) -> Result<TaskView, StoreError> {
     })
 }
 
-fn result_view(row: ResultRow) -> Result<TaskResult, StoreError> {
+fn result_view(row: ResultRow, state: TaskState) -> Result<TaskResult, StoreError> {
     match row {
-        ResultRow::Scan(row) => scan_view(row).map(TaskResult::Scan),
+        ResultRow::Scan(row) => {
+            let mut view = scan_view(row)?;
+            // What a scan did not come to is not clean.
+            if state != TaskState::Done && view.verdict == Verdict::Clean {
+                view.verdict = Verdict::Incomplete;
+            }
+            Ok(TaskResult::Scan(view))
+        }
         ResultRow::Treatment(tally) => Ok(TaskResult::Treatment(tally)),
     }
 }

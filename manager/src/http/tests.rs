@@ -11,6 +11,8 @@ use uuid::Uuid;
 use super::*;
 use crate::store::{endpoints::tests::put, patterns::NewPattern, tests::scratch};
 
+mod mitigation;
+
 struct Lab {
     state: AppState,
     router: Router,

@@ -41,7 +41,7 @@ pub(crate) fn of_event(subject: &Subject<'_>) -> String {
         EventStatus::Resolved | EventStatus::Scanned | EventStatus::Noted => String::new(),
         EventStatus::RolledBack => {
             format!(
-                "If that file is not wanted after all, scan again and clean: `tmctl scan start {target} --quick`."
+                "If that file is not wanted after all, scan again and clean: `tmctl scan start {target} --path /`."
             )
         }
         EventStatus::RollbackFailed => match subject.task {
@@ -79,18 +79,18 @@ fn unsuccessful(subject: &Subject<'_>, target: &str) -> String {
         }
         ("changed", _) => {
             format!(
-                "The file is not the one that was detected; look again: `tmctl scan start {target} --quick`."
+                "The file is not the one that was detected; look again: `tmctl scan start {target} --path /`."
             )
         }
         ("cancelled", EventKind::ScanAdministrator) => {
-            format!("Order it again when it suits: `tmctl scan start {target} --quick`.")
+            format!("Order it again when it suits: `tmctl scan start {target} --path /`.")
         }
         ("cancelled" | "deadline" | "timeout" | "interrupted", EventKind::Cleanup) => {
             format!("Run it again; what was removed stays removed: `tmctl cleanup run {target}`.")
         }
         ("deadline" | "timeout" | "interrupted", EventKind::ScanAdministrator) => {
             format!(
-                "Scan less at a time, or allow more time with `--deadline`: `tmctl scan start {target} --quick`."
+                "Scan less at a time, or allow more time with `--deadline`: `tmctl scan start {target} --path /`."
             )
         }
         (_, EventKind::Agent) => {

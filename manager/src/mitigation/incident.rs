@@ -41,11 +41,11 @@ pub(crate) const fn step(state: IncidentState, happened: Happened) -> Option<Inc
             IncidentState::Resolved | IncidentState::RolledBack | IncidentState::RollbackFailed => None,
         },
         Happened::Ended { stubborn: 1.., .. } => match state {
-            IncidentState::Cleaning | IncidentState::AwaitingCleanup => Some(IncidentState::Unresolved),
-            IncidentState::Unresolved
-            | IncidentState::Resolved
-            | IncidentState::RolledBack
-            | IncidentState::RollbackFailed => None,
+            // Also where it seemed resolved and a file of it came back.
+            IncidentState::Cleaning | IncidentState::AwaitingCleanup | IncidentState::Resolved => {
+                Some(IncidentState::Unresolved)
+            }
+            IncidentState::Unresolved | IncidentState::RolledBack | IncidentState::RollbackFailed => None,
         },
         // Nothing that remains was tried: it waits as it did.
         Happened::Ended { before, .. } => match (state, before) {
@@ -115,6 +115,7 @@ mod tests {
             (AwaitingCleanup, ended(1, 1, AwaitingCleanup), Some(Unresolved)),
             (Unresolved, ended(0, 0, AwaitingCleanup), Some(Resolved)),
             (Unresolved, ended(1, 0, AwaitingCleanup), None),
+            (Resolved, ended(1, 1, AwaitingCleanup), Some(Unresolved)),
             (Resolved, ended(0, 0, AwaitingCleanup), None),
             (Resolved, Happened::Restored, Some(RolledBack)),
             (Resolved, Happened::NotRestored, Some(RollbackFailed)),

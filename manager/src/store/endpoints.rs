@@ -160,6 +160,26 @@ impl Store {
         Self::commit(tx).await
     }
 
+    /// The ids of at most `limit` endpoints that fit, in no order.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub(super) async fn endpoint_ids(
+        &self,
+        filter: &Filter,
+        limit: usize,
+    ) -> Result<Vec<EndpointId>, StoreError> {
+        let condition = Condition::of(filter);
+        let sql = format!("SELECT id FROM endpoint WHERE {} LIMIT {limit}", condition.sql);
+        let rows = condition.fetch(self, sql).await.map_err(StoreError::query("find endpoints"))?;
+        rows.iter()
+            .map(|row| {
+                let id: String = row.get(0);
+                id.parse().map_err(|_| StoreError::content("endpoint id", id))
+            })
+            .collect()
+    }
+
     async fn endpoints_where(&self, condition: &Condition) -> Result<Vec<EndpointRow>, StoreError> {
         let Condition { sql, .. } = condition;
         let rows = condition
@@ -196,13 +216,14 @@ impl Store {
 ///
 /// **Invariant:** whatever comes from outside is a value, never part of the text.
 #[derive(Debug, Default)]
-struct Condition {
-    sql: String,
-    values: Vec<String>,
+pub(super) struct Condition {
+    pub(super) sql: String,
+    /// For `$1`, `$2`, …
+    pub(super) values: Vec<String>,
 }
 
 impl Condition {
-    fn of(filter: &Filter) -> Self {
+    pub(super) fn of(filter: &Filter) -> Self {
         let mut condition = Self::default();
         let mut all = vec!["1 = 1".to_owned()];
         if !filter.terms.is_empty() {
@@ -351,6 +372,11 @@ pub(crate) mod tests {
         }
         Store::commit(tx).await.unwrap();
         id
+    }
+
+    /// Ends every session, as the sessions would.
+    pub(crate) async fn disconnect_all(tx: &mut super::super::Tx) {
+        sqlx::query("UPDATE endpoint SET manager_id = NULL").execute(&mut **tx).await.unwrap();
     }
 
     async fn five() -> (Store, tempfile::TempDir) {

@@ -216,7 +216,7 @@ pub(super) async fn cleanup_ordered(tx: &mut Tx, task: TaskId, now_ms: i64) -> R
             .await
             .map_err(StoreError::query("note an incident's task"))?;
         let Some(next) = step(now, Happened::Ordered) else { continue };
-        if !now.is_open() && another_is_open(tx, id).await? {
+        if !now.is_open() && another_open(tx, id).await?.is_some() {
             // Its detections belong to the newer one as well, which is the one that moves.
             continue;
         }
@@ -240,11 +240,18 @@ pub(super) async fn cleanup_ended(tx: &mut Tx, task: TaskId, now_ms: i64) -> Res
     let linked = linked(tx, task).await?;
     let mut left = Left { only: only(&linked), open: 0 };
     for (id, now) in linked {
-        let next = if is_worked_on(tx, id, task).await? {
+        let next = if now == IncidentState::Cleaning && is_worked_on(tx, id, task).await? {
             None
         } else {
             let (happened, detail) = ended(tx, id).await?;
-            let next = step(now, happened);
+            let mut next = step(now, happened);
+            if !now.is_open()
+                && next.is_some_and(IncidentState::is_open)
+                && let Some(newer) = another_open(tx, id).await?
+            {
+                give_open(tx, id, newer).await?;
+                next = None;
+            }
             if let Some(next) = next {
                 change(tx, id, next, if next == IncidentState::Unresolved { &detail } else { "" }, now_ms)
                     .await?;
@@ -287,6 +294,16 @@ pub(super) async fn restore_ended(
             Some(false) => Happened::NotRestored,
             None => continue,
         };
+        // What is back in its place is a threat again.
+        sqlx::query(
+            "UPDATE detection SET settled_ms = NULL WHERE incident_id = $1 AND vault_id IN
+                (SELECT vault_id FROM task_item WHERE task_id = $2 AND verdict = 'restored')",
+        )
+        .bind(id.to_string())
+        .bind(task.to_string())
+        .execute(&mut **tx)
+        .await
+        .map_err(StoreError::query("reopen what was put back"))?;
         if let Some(next) = step(now, happened) {
             change(tx, id, next, "", now_ms).await?;
         }
@@ -320,9 +337,10 @@ async fn linked(tx: &mut Tx, task: TaskId) -> Result<Vec<(IncidentId, IncidentSt
     .collect()
 }
 
-async fn another_is_open(tx: &mut Tx, id: IncidentId) -> Result<bool, StoreError> {
+/// The open incident for the same rule on the same endpoint, where that is another one.
+async fn another_open(tx: &mut Tx, id: IncidentId) -> Result<Option<String>, StoreError> {
     let found = sqlx::query(
-        "SELECT 1 FROM incident mine JOIN incident other ON other.endpoint_id = mine.endpoint_id
+        "SELECT other.id FROM incident mine JOIN incident other ON other.endpoint_id = mine.endpoint_id
             AND other.pattern = mine.pattern AND other.rule = mine.rule AND other.id <> mine.id
          WHERE mine.id = $1 AND other.state IN ('awaiting-cleanup', 'cleaning', 'unresolved')",
     )
@@ -330,7 +348,18 @@ async fn another_is_open(tx: &mut Tx, id: IncidentId) -> Result<bool, StoreError
     .fetch_optional(&mut **tx)
     .await
     .map_err(StoreError::query("look for an open incident"))?;
-    Ok(found.is_some())
+    Ok(found.map(|row| row.get(0)))
+}
+
+/// Gives what is not settled of a closed incident to the open one.
+async fn give_open(tx: &mut Tx, from: IncidentId, to: String) -> Result<(), StoreError> {
+    sqlx::query("UPDATE detection SET incident_id = $2 WHERE incident_id = $1 AND settled_ms IS NULL")
+        .bind(from.to_string())
+        .bind(to)
+        .execute(&mut **tx)
+        .await
+        .map_err(StoreError::query("give detections to another incident"))?;
+    Ok(())
 }
 
 /// Whether a cleanup other than `but` works or will work on an incident.
@@ -366,6 +395,7 @@ async fn ended(tx: &mut Tx, id: IncidentId) -> Result<(Happened, String), StoreE
     Ok((happened, row.get::<Option<String>, _>(2).unwrap_or_default()))
 }
 
+/// Changes an incident's state. One that goes back to being unresolved untried keeps its reason.
 async fn change(
     tx: &mut Tx,
     id: IncidentId,
@@ -373,13 +403,16 @@ async fn change(
     detail: &str,
     now_ms: i64,
 ) -> Result<(), StoreError> {
-    sqlx::query("UPDATE incident SET state = $2, detail = $3, changed_ms = $4 WHERE id = $1")
-        .bind(id.to_string())
-        .bind(next.word())
-        .bind(detail.to_owned())
-        .bind(now_ms)
-        .execute(&mut **tx)
-        .await
-        .map_err(StoreError::query("move an incident on"))?;
+    let keeps = next == IncidentState::Unresolved && detail.is_empty();
+    sqlx::query(
+        "UPDATE incident SET state = $2, detail = COALESCE($3, detail), changed_ms = $4 WHERE id = $1",
+    )
+    .bind(id.to_string())
+    .bind(next.word())
+    .bind((!keeps).then(|| detail.to_owned()))
+    .bind(now_ms)
+    .execute(&mut **tx)
+    .await
+    .map_err(StoreError::query("move an incident on"))?;
     Ok(())
 }

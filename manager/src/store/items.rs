@@ -6,7 +6,7 @@
 
 use sqlx::{Row as _, any::AnyRow};
 use tm_protocol::{
-    ids::{EndpointId, Sha256, TaskId, VaultId},
+    ids::{EndpointId, Sha256, TaskId},
     report::{Failure, ItemReport, ItemVerdict, VaultEntry},
     task::{TaskKind, TaskSpec},
 };
@@ -122,7 +122,6 @@ pub(super) async fn record(
             }
             (ItemVerdict::Restored, Some(id), _) if !stays => {
                 vault::remove(tx, endpoint, id).await?;
-                unsettle(tx, endpoint, id).await?;
             }
             (
                 ItemVerdict::Vaulted
@@ -305,16 +304,5 @@ async fn reopen(tx: &mut Tx, head: &Head, item: &ItemReport) -> Result<(), Store
         .await
         .map_err(StoreError::query("reopen a detection"))?;
     }
-    Ok(())
-}
-
-/// What is back in its place is a threat again.
-async fn unsettle(tx: &mut Tx, endpoint: EndpointId, id: VaultId) -> Result<(), StoreError> {
-    sqlx::query("UPDATE detection SET settled_ms = NULL WHERE vault_id = $1 AND endpoint_id = $2")
-        .bind(id.to_string())
-        .bind(endpoint.to_string())
-        .execute(&mut **tx)
-        .await
-        .map_err(StoreError::query("reopen a detection"))?;
     Ok(())
 }

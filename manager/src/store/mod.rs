@@ -38,7 +38,7 @@ mod story;
 use std::{str::FromStr as _, time::Duration};
 
 use sqlx::{
-    Any, AnyPool, Executor as _, Transaction,
+    Any, AnyPool, Connection as _, Executor as _, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
 use tm_protocol::report::Failure;
@@ -136,8 +136,16 @@ impl Store {
         };
         let options = AnyConnectOptions::from_str(&address).map_err(StoreError::Open)?;
         let pool = |size| {
-            AnyPoolOptions::new().max_connections(size).acquire_timeout(PATIENCE).after_connect(
-                move |connection, _| {
+            AnyPoolOptions::new()
+                .max_connections(size)
+                .acquire_timeout(PATIENCE)
+                // On a full disk SQLite ends a transaction by itself, and the driver then takes the connection for
+                // being in one for ever. Such a connection is closed and another one opened.
+                .before_acquire(move |connection, _| {
+                    let is_idle = engine != Engine::Sqlite || !connection.is_in_transaction();
+                    Box::pin(async move { Ok(is_idle) })
+                })
+                .after_connect(move |connection, _| {
                     Box::pin(async move {
                         if engine == Engine::Sqlite {
                             connection.execute("PRAGMA busy_timeout = 10000").await?;
@@ -147,8 +155,7 @@ impl Store {
                         }
                         Ok(())
                     })
-                },
-            )
+                })
         };
         let write = match engine {
             Engine::Sqlite => pool(1).connect_with(options.clone()).await.map_err(StoreError::Open)?,
@@ -248,5 +255,131 @@ pub(crate) mod tests {
         assert!(
             matches!(Store::open("mysql://user:secret@host/db").await, Err(StoreError::Address(a)) if a == "host/db")
         );
+    }
+
+    /// SQLite on a full disk: what is asked is refused as passing, what is there is read, what was begun is void,
+    /// and when there is room again work goes on without a restart.
+    #[tokio::test]
+    async fn a_full_disk_is_passing_and_costs_nothing_that_was_stored() {
+        let (store, _folder) = scratch().await;
+        if !is_sqlite(&store) {
+            return;
+        }
+        let endpoint = endpoints::tests::put(&store, 1, "a", &[], true).await;
+        let limit = async |pages: &str| {
+            let sql = sqlx::AssertSqlSafe(format!("PRAGMA max_page_count = {pages}"));
+            store.write.execute(sqlx::query(sql)).await.unwrap();
+        };
+        let message = "m".repeat(2000);
+        let write = async |n: i64| {
+            let mut tx = store.begin().await?;
+            for _ in 0..50 {
+                let event = events::NewEvent {
+                    endpoint,
+                    kind: tm_api::event::EventKind::Agent,
+                    status: tm_api::event::EventStatus::Noted,
+                    detail: "d",
+                    message: &message,
+                    task: None,
+                    incident: None,
+                    at_ms: n,
+                };
+                events::append(&mut tx, event).await?;
+            }
+            Store::commit(tx).await
+        };
+        let count = async || {
+            let all = events::EventFilter::default();
+            store.events(&all, false, 1000).await.unwrap().len()
+        };
+        write(1).await.unwrap();
+        for _ in 0..3 {
+            // No page more than there are now.
+            limit("1").await;
+            let error = write(2).await.unwrap_err();
+            assert!(error.is_passing(), "{error:?}");
+            assert_eq!(count().await, 50);
+        }
+        limit("1000000").await;
+        write(3).await.unwrap();
+        assert_eq!(count().await, 100);
+    }
+
+    /// The same on a real file system: a small one, filled by somebody else. Mounting needs root.
+    #[tokio::test]
+    async fn a_full_file_system_is_passing() {
+        use std::process::Command;
+
+        let folder = tempfile::tempdir().unwrap();
+        let mount = |args: &[&str]| {
+            let place = folder.path().to_str().unwrap();
+            let mut command = Command::new(args[0]);
+            command.args(&args[1..]).arg(place);
+            command.status().is_ok_and(|status| status.success())
+        };
+        if std::env::var_os("TM_TEST_POSTGRES").is_some()
+            || !mount(&["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=64", "tmpfs"])
+        {
+            eprintln!("not run: no small file system can be mounted here");
+            return;
+        }
+        let outcome = fill_and_free(folder.path()).await;
+        // Lazily: after a failure something may still be open.
+        assert!(mount(&["umount", "-l"]));
+        outcome.unwrap();
+    }
+
+    async fn fill_and_free(folder: &std::path::Path) -> Result<(), String> {
+        let url = format!("sqlite:{}", folder.join("store.db").display());
+        let store = Store::open(&url).await.map_err(|e| e.to_string())?;
+        let endpoint = endpoints::tests::put(&store, 1, "a", &[], true).await;
+        let message = "m".repeat(2000);
+        let write = async || {
+            let mut tx = store.begin().await?;
+            let event = events::NewEvent {
+                endpoint,
+                kind: tm_api::event::EventKind::Agent,
+                status: tm_api::event::EventStatus::Noted,
+                detail: "d",
+                message: &message,
+                task: None,
+                incident: None,
+                at_ms: 1,
+            };
+            events::append(&mut tx, event).await?;
+            Store::commit(tx).await
+        };
+        let count =
+            async || store.events(&events::EventFilter::default(), false, 1000).await.map(|e| e.len());
+        let mut stored = 0;
+        for free_kib in [0_usize, 4, 64, 512] {
+            let ballast = folder.join("ballast");
+            let room = rustix::fs::statvfs(folder).map_err(|e| e.to_string())?;
+            let free = usize::try_from(room.f_bavail * room.f_frsize).unwrap_or(0);
+            std::fs::write(&ballast, vec![0; free.saturating_sub(free_kib * 1024)])
+                .map_err(|e| e.to_string())?;
+            let mut refused = 0;
+            for _ in 0..200 {
+                match write().await {
+                    Ok(()) => stored += 1,
+                    Err(error) if error.is_passing() => refused += 1,
+                    Err(error) => return Err(format!("{free_kib} KiB free: {error:?}")),
+                }
+                if refused > 3 {
+                    break;
+                }
+            }
+            if refused == 0 {
+                return Err(format!("{free_kib} KiB free: the disk was not full"));
+            }
+            if count().await.map_err(|e| format!("{free_kib} KiB free: {e:?}"))? != stored {
+                return Err(format!("{free_kib} KiB free: {stored} were acknowledged"));
+            }
+            std::fs::remove_file(&ballast).map_err(|e| e.to_string())?;
+            write().await.map_err(|e| format!("with room again after {free_kib} KiB: {e:?}"))?;
+            stored += 1;
+        }
+        store.close().await;
+        Ok(())
     }
 }

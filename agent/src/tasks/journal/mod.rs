@@ -311,10 +311,12 @@ impl Journal {
     /// # Errors
     /// `NotFound` if there is none of that number; `InvalidData` if it is damaged by now.
     pub(crate) fn report(&self, sequence: u64) -> io::Result<Vec<u8>> {
-        let Record::Report { frame, .. } = self.read(Key::Report(sequence))? else {
-            return Err(io::ErrorKind::InvalidData.into());
-        };
-        Ok(frame)
+        let record = self.read(Key::Report(sequence))?;
+        if let Record::Report { frame, .. } = record {
+            Ok(frame)
+        } else {
+            Err(io::ErrorKind::InvalidData.into())
+        }
     }
 
     /// A notice that the manager has not stored.
@@ -322,10 +324,12 @@ impl Journal {
     /// # Errors
     /// As [`Journal::report`].
     pub(crate) fn notice(&self, number: u64) -> io::Result<Notice> {
-        let Record::Notice { notice, .. } = self.read(Key::Notice(number))? else {
-            return Err(io::ErrorKind::InvalidData.into());
-        };
-        Ok(notice)
+        let record = self.read(Key::Notice(number))?;
+        if let Record::Notice { notice, .. } = record {
+            Ok(notice)
+        } else {
+            Err(io::ErrorKind::InvalidData.into())
+        }
     }
 
     /// A detection that this agent made and noted; `None` if it never did, or has forgotten it.

@@ -54,7 +54,7 @@ pub(crate) struct EventFilter {
     #[arg(long, value_name = "TARGET")]
     pub(crate) endpoint: Option<String>,
     /// Only those of endpoints that this finds (as in `endpoint list`)
-    #[arg(long)]
+    #[arg(long, conflicts_with = "endpoint")]
     pub(crate) search: Option<String>,
     /// Only this kind
     #[arg(long, value_parser = kind())]
@@ -118,6 +118,7 @@ mod tests {
             &["list", "--limit", "0"],
             &["list", "--limit", "1001"],
             &["list", "--limit", "5", "--all"],
+            &["list", "--endpoint", "web", "--search", "web"],
             &["follow", "--since", "2h", "--limit", "5"],
             &["follow", "--until", "today"],
         ] {

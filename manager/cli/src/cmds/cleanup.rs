@@ -1,6 +1,6 @@
 //! `tmctl cleanup`: orders it, and with `--wait` stays until every task has ended.
 
-use tm_api::task::{self, TaskView};
+use tm_api::task;
 use tokio::time::Instant;
 
 use crate::{
@@ -22,7 +22,7 @@ async fn order(args: RunCleanup, client: &Client, out: &Output) -> Result<Exit, 
     confirm::ask(&args, client, confirm::person()).await?;
     let until = Instant::now() + args.terms.patience();
     let waits = args.terms.waits();
-    let tasks: Vec<TaskView> = client.post(&["cleanups"], &body(args)).await?;
+    let tasks = ordered::send(client, &["cleanups"], &body(args)).await?;
     ordered::finish(tasks, waits.then_some(until), client, out).await
 }
 
@@ -40,7 +40,10 @@ mod tests {
 
     use clap::Parser as _;
     use serde_json::json;
-    use tm_api::{status::Query, task::TaskResult};
+    use tm_api::{
+        status::Query,
+        task::{TaskResult, TaskView},
+    };
     use tm_protocol::{
         report::{ItemVerdict, Tally},
         task::TaskState,

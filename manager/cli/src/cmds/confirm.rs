@@ -52,8 +52,11 @@ pub(super) async fn ask(
     };
     let extent = extent(args, client).await?;
     if extent.detections == Some(0) && !extent.is_least {
-        let on = plural(extent.endpoints, "endpoint");
-        return Err(Failure::NothingToDo(format!("nothing waits for cleanup on the {on} chosen")));
+        let on = match extent.endpoints {
+            0 => "no endpoint is found".to_owned(),
+            count => format!("nothing waits for cleanup on the {} found", plural(count, "endpoint")),
+        };
+        return Err(Failure::NothingToDo(on));
     }
     say(&format!("{} [y/N] ", extent.question()));
     let mut answer = String::new();
@@ -242,6 +245,6 @@ mod tests {
         let failure =
             ask(&args(&["--group", "g"]), &manager.client, Some("y\n".as_bytes())).await.unwrap_err();
         assert_eq!(failure.exit().code(), 3);
-        assert!(failure.report().contains("nothing waits for cleanup on the 1 endpoint chosen"));
+        assert!(failure.report().contains("nothing waits for cleanup on the 1 endpoint found"));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
 use tm_api::task::TaskView;
 use tm_protocol::text::escape_for_display;
 use tokio::time::Instant;
@@ -30,6 +31,21 @@ pub(super) fn check(terms: &Terms) -> Result<(), Failure> {
         return Err(Failure::Usage("--timeout needs --wait or --dry-run".to_owned()));
     }
     Ok(())
+}
+
+/// Gives an order, once.
+///
+/// # Errors
+/// If the manager refuses or cannot be asked, or the person does not wait for the answer.
+pub(super) async fn send(
+    client: &Client,
+    path: &[&str],
+    body: &impl Serialize,
+) -> Result<Vec<TaskView>, Failure> {
+    wait::unless_interrupted(async { Ok(client.post(path, body).await?) }, || {
+        "it may have been ordered all the same; see: tmctl task list".to_owned()
+    })
+    .await
 }
 
 /// Prints the tasks and how to follow them, or stays until they have ended (until that time at the longest)

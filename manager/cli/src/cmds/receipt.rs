@@ -85,6 +85,14 @@ fn one(task: &TaskView, detections: u64) -> Outcome {
     }
 }
 
+/// What a scan may say of what it looked at: one that was called off or did not succeed says `clean` of nothing,
+/// whatever it had seen by then.
+pub(super) fn verdict(task: &TaskView) -> Option<Verdict> {
+    let verdict = task.scan()?.verdict;
+    let is_whole = task.state == TaskState::Done || verdict != Verdict::Clean;
+    Some(if is_whole { verdict } else { Verdict::Incomplete })
+}
+
 /// How much a task has detected, as far as is known.
 pub(super) fn detections_of(task: &TaskView) -> Option<u64> {
     match (task.scan(), &task.progress) {
@@ -178,7 +186,12 @@ pub(super) fn cleanup_command(tasks: &[&TaskView]) -> String {
 pub(super) fn text(task: &TaskView) -> String {
     let mut text = format!("{} ({}): ", escape_for_display(&task.host), escape_for_display(&task.endpoint));
     match (task.scan(), task.state) {
-        (Some(result), _) => receipt(&mut text, result),
+        (Some(result), state) => {
+            if state != TaskState::Done {
+                let _ = write!(text, "{state}{}; ", why(task));
+            }
+            receipt(&mut text, result, verdict(task).unwrap_or(result.verdict));
+        }
         (None, TaskState::Queued | TaskState::Delivered | TaskState::Running) => {
             let _ = writeln!(
                 text,
@@ -188,21 +201,25 @@ pub(super) fn text(task: &TaskView) -> String {
             );
         }
         (None, state) => {
-            let _ = write!(text, "{state}");
-            for part in [&task.code, &task.message].into_iter().flatten() {
-                let _ = write!(text, ": {}", escape_for_display(part));
-            }
-            text.push('\n');
+            let _ = writeln!(text, "{state}{}", why(task));
         }
     }
     text
 }
 
-fn receipt(text: &mut String, result: &ScanResult) {
+/// Why a task did not succeed.
+pub(super) fn why(task: &TaskView) -> String {
+    [&task.code, &task.message]
+        .into_iter()
+        .flatten()
+        .map(|part| format!(": {}", escape_for_display(part)))
+        .collect()
+}
+
+fn receipt(text: &mut String, result: &ScanResult, verdict: Verdict) {
     let _ = writeln!(
         text,
-        "{}: {}, {}, {}, {:.1} s, {:.1} s of CPU",
-        result.verdict,
+        "{verdict}: {}, {}, {}, {:.1} s, {:.1} s of CPU",
         plural(result.detections, "detection"),
         plural(result.files, "file"),
         bytes(result.bytes),
@@ -299,6 +316,19 @@ mod tests {
         refused.task.code = Some("busy".into());
         refused.task.message = Some("too much to do".into());
         assert_eq!(text(&refused.task), "web (e): refused: busy: too much to do\n");
+    }
+
+    #[test]
+    fn a_scan_that_was_called_off_is_not_clean() {
+        let cancelled = task(TaskState::Cancelled, Some(Verdict::Clean)).task;
+        assert_eq!(verdict(&cancelled), Some(Verdict::Incomplete));
+        assert_eq!(
+            text(&cancelled),
+            "web (e): cancelled; incomplete: 0 detections, 3 files, 2.0 KiB, 0.2 s, 0.5 s of CPU\n"
+        );
+        let detected = task(TaskState::Failed, Some(Verdict::Detected)).task;
+        assert_eq!(verdict(&detected), Some(Verdict::Detected));
+        assert_eq!(verdict(&task(TaskState::Done, Some(Verdict::Clean)).task), Some(Verdict::Clean));
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub(crate) async fn run(command: Scan, client: &Client, out: &Output) -> Result<
 async fn start(args: StartScan, client: &Client, out: &Output) -> Result<Exit, Failure> {
     let patience = Patience::new(Instant::now() + args.patience());
     let wait = args.wait;
-    let tasks: Vec<TaskView> = client.post(&["scans"], &order(args)).await?;
+    let tasks = ordered::send(client, &["scans"], &order(args)).await?;
     if !wait {
         return ordered::print(&tasks, out);
     }

@@ -4,7 +4,10 @@ use std::io;
 
 use serde::Serialize;
 use tm_api::task::{DetectionView, ItemView, TaskQuery, TaskView};
-use tm_protocol::{report::Tally, task::TaskKind};
+use tm_protocol::{
+    report::{Tally, Verdict},
+    task::TaskKind,
+};
 
 use crate::{
     cli::Task,
@@ -23,7 +26,7 @@ pub(crate) const TASKS: [Column<TaskView>; 18] = [
     Column::narrow("state", |t| t.state.to_string()),
     Column::narrow("result", result),
     Column::time("created_at", |t| t.created_at.clone()),
-    Column::wide("verdict", |t| t.scan().map(|r| r.verdict.to_string()).unwrap_or_default()),
+    Column::wide("verdict", |t| receipt::verdict(t).map(|v| v.to_string()).unwrap_or_default()),
     Column::wide("detections", |t| receipt::detections_of(t).map(|n| n.to_string()).unwrap_or_default()),
     Column::wide("files", |t| t.scan().map(|r| r.files.to_string()).unwrap_or_default()),
     Column::wide("issuer", |t| t.issuer.clone()),
@@ -121,9 +124,11 @@ pub(super) fn is_treatment(task: &TaskView) -> bool {
 /// What came of it, in a word or two.
 fn result(task: &TaskView) -> String {
     let dry = if task.dry_run { " (dry run)" } else { "" };
-    match (task.scan(), task.treatment()) {
-        (Some(scan), _) if scan.detections > 0 => format!("{} {}", scan.verdict, scan.detections),
-        (Some(scan), _) => scan.verdict.to_string(),
+    match (receipt::verdict(task), task.treatment()) {
+        (Some(Verdict::Detected), _) => {
+            format!("{} {}", Verdict::Detected, receipt::detections_of(task).unwrap_or(0))
+        }
+        (Some(verdict @ (Verdict::Clean | Verdict::Incomplete)), _) => verdict.to_string(),
         (None, Some(tally)) => format!("{}{dry}", tally_in_short(tally)),
         (None, None) => task.code.clone().unwrap_or_default(),
     }

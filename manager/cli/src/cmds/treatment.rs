@@ -14,7 +14,10 @@ use tm_protocol::{
 
 use crate::{
     client::Client,
-    cmds::wait::{PARALLEL, Patience},
+    cmds::{
+        receipt::why,
+        wait::{PARALLEL, Patience},
+    },
     failure::{Exit, Failure},
     output::{Column, Format, Output, bytes, say, table, width},
 };
@@ -234,14 +237,6 @@ fn ending(task: &TaskView, state: TaskState) -> String {
 
 /// The code of a task that left something undone; its numbers say the same.
 const INCOMPLETE: &str = "incomplete";
-
-fn why(task: &TaskView) -> String {
-    [&task.code, &task.message]
-        .into_iter()
-        .flatten()
-        .map(|part| format!(": {}", escape_for_display(part)))
-        .collect()
-}
 
 fn sum(task: &TaskView, tally: &Tally, items: &[ItemView]) -> String {
     let is_restore = task.kind == TaskKind::Restore.word();

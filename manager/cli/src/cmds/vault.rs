@@ -3,7 +3,7 @@
 use std::os::unix::ffi::OsStrExt as _;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use tm_api::task::{self, TaskView, VaultItemView, VaultQuery};
+use tm_api::task::{self, VaultItemView, VaultQuery};
 use tokio::time::Instant;
 
 use crate::{
@@ -76,7 +76,7 @@ async fn restore(args: RunRestore, client: &Client, out: &Output) -> Result<Exit
     }
     let until = Instant::now() + args.patience();
     let waits = args.terms.waits();
-    let tasks: Vec<TaskView> = client.post(&["restores"], &body(args)).await?;
+    let tasks = ordered::send(client, &["restores"], &body(args)).await?;
     ordered::finish(tasks, waits.then_some(until), client, out).await
 }
 

@@ -104,7 +104,8 @@ async fn what_a_cleanup_leaves_decides_where_the_incident_stands() {
     let (a, b) = (find("/a", "evil"), find("/b", "evil"));
     type End = fn(Tally) -> Outcome;
     let interrupted: End = |_| Outcome::Failed(Failure::new("interrupted", "the agent was restarted"));
-    let cases: [(&str, Vec<ItemReport>, End, IncidentState, TaskState, &str); 8] = [
+    type Case = (&'static str, Vec<ItemReport>, End, IncidentState, TaskState, &'static str);
+    let cases: [Case; 8] = [
         (
             "one is refused",
             vec![vaulted(&a), refused(&b)],
@@ -257,7 +258,10 @@ async fn a_large_incident_is_cleaned_by_several_tasks_and_a_file_by_one() {
     }
     assert_eq!(files.len(), 2800);
     for pair in many.chunks(2) {
-        let task_of = |find: &Detection| files.iter().find(|(key, _)| *key == find.key()).unwrap().1;
+        let task_of = |find: &Detection| {
+            let wanted = find.key();
+            files.iter().find(|(key, _)| *key == wanted).unwrap().1
+        };
         assert_eq!(task_of(&pair[0]), task_of(&pair[1]), "{}", pair[0].path);
     }
     let cancelled = Outcome::Cancelled(None);

@@ -1,6 +1,8 @@
 //! Tests of the way from a find to its end: reports come in as an agent sends them, orders as an administrator
 //! gives them, and what is stored is read as it is shown.
 
+mod chance;
+mod fleet;
 mod incidents;
 mod tasks;
 
