@@ -35,7 +35,7 @@ enum Command {
         #[arg(long)]
         long: bool,
     },
-    /// Measure what the manager costs, with simulated agents.
+    /// Measure what the programs cost on this machine.
     Bench {
         #[command(subcommand)]
         what: Bench,
@@ -50,7 +50,11 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// Order one task for every agent and wait for the last acknowledgement.
+    ///
+    /// Simulated agents ask for it; the figure is the manager's CPU time.
     Push(bench::Push),
+    /// Scan a folder with the agent and with other scanners, in turn.
+    Scan(bench::Scan),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Command::Demo { once } => demo::run(once),
         Command::Test { long } => return test::run(long),
         Command::Bench { what: Bench::Push(what) } => bench::push(what),
+        Command::Bench { what: Bench::Scan(what) } => bench::scan(&what),
         Command::Man { dir } => manual::write(&dir),
     };
     match done {

@@ -1,14 +1,11 @@
-//! `cargo xtask bench`: what the manager costs, measured on this machine with simulated agents.
-//!
-//! **Invariant:** figures are of CPU seconds of the manager's process (user and system, `/proc/PID/stat`), and
-//! come with the facts of the machine and the build they were measured with.
+//! `cargo xtask bench push`: what the manager costs, measured with simulated agents.
 
 use std::{
     collections::BTreeSet,
     fs,
     io::{self, BufRead as _, BufReader, Write as _},
     net::TcpStream,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant, SystemTime},
@@ -17,13 +14,14 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
+use super::{Format, build, build_name, machine, status_kib, ticks, ticks_per_second};
 use crate::programs::{self, Background};
 
 /// How long a program has to be ready.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Server CPU per task and agent, durable and acknowledged, that must hold.
 const FLOOR_US: f64 = 500.0;
-const RULE: &str = include_str!("../demo/eicar.yar");
+const RULE: &str = include_str!("../../demo/eicar.yar");
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -40,15 +38,6 @@ pub(crate) struct Push {
     /// How the figures are printed.
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
-}
-
-/// How figures are printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
-    /// For people.
-    Table,
-    /// One object, for programs.
-    Json,
 }
 
 /// What was measured.
@@ -72,7 +61,7 @@ struct Round {
 
 /// Orders one scan for every agent at a time, and measures until the last end of a task is acknowledged.
 pub(crate) fn push(what: Push) -> anyhow::Result<()> {
-    let bins = build(what.dev)?;
+    let bins = build(&["tm-manager", "tmctl", "tm-tests"], what.dev)?;
     let folder =
         tempfile::Builder::new().prefix("tm-bench-").tempdir().context("cannot make a throwaway folder")?;
     let data = folder.path().join("manager");
@@ -123,7 +112,7 @@ pub(crate) fn push(what: Push) -> anyhow::Result<()> {
         rounds.push(Round { cpu_us: cpu / f64::from(what.agents), last_ms: last.saturating_sub(begin) });
     }
     manager.check()?;
-    let resident_kib = resident_kib(manager.pid());
+    let resident_kib = status_kib(manager.pid(), "VmRSS");
     ensure!(
         ordered.len() == usize::try_from(what.agents * what.rounds)?,
         "{} tasks were ordered for {} agents in {} rounds",
@@ -161,19 +150,6 @@ fn texts(rows: &str, key: &str) -> anyhow::Result<Vec<String>> {
     rows.iter()
         .map(|row| row[key].as_str().map(str::to_owned).with_context(|| format!("a row has no `{key}`")))
         .collect()
-}
-
-fn build(dev: bool) -> anyhow::Result<PathBuf> {
-    let mut args = vec!["build", "--locked", "--bins", "-p", "tm-manager", "-p", "tmctl", "-p", "tm-tests"];
-    if !dev {
-        args.push("--release");
-    }
-    eprintln!("Building: cargo {}", args.join(" "));
-    let status = programs::cargo()?.args(args).status().context("cannot run cargo")?;
-    ensure!(status.success(), "the programs could not be built");
-    let here = std::env::current_exe().context("cannot tell where this program is")?;
-    let target = here.parent().and_then(Path::parent).context("this program lies in a target folder")?;
-    Ok(target.join(if dev { "debug" } else { "release" }))
 }
 
 fn run(command: &mut Command) -> anyhow::Result<String> {
@@ -221,19 +197,9 @@ impl Drop for Simulator {
 /// CPU time that a process has used, user and system, in microseconds.
 fn cpu_us(pid: u32) -> anyhow::Result<f64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("cannot look at the manager")?;
-    ticks(&stat).map(|ticks| ticks * 1e6 / ticks_per_second()).context("/proc/PID/stat is of another form")
-}
-
-/// Fields 14 and 15; the second field may hold anything between its parentheses.
-fn ticks(stat: &str) -> Option<f64> {
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    let number = |at: usize| fields.get(at)?.parse::<f64>().ok();
-    Some(number(11)? + number(12)?)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a hundred, on every Linux")]
-fn ticks_per_second() -> f64 {
-    rustix::param::clock_ticks_per_second() as f64
+    ticks(&stat, 14)
+        .map(|ticks| ticks * 1e6 / ticks_per_second())
+        .context("/proc/PID/stat is of another form")
 }
 
 fn now_ms() -> anyhow::Result<u64> {
@@ -243,7 +209,7 @@ fn now_ms() -> anyhow::Result<u64> {
 
 fn table(what: Push, figures: &Figures) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{}, {} build", machine(), build_name(what))?;
+    writeln!(out, "{}, {} build", machine(), build_name(what.dev))?;
     writeln!(
         out,
         "one scan for each of {} agents by REST, accepted, started and finished at once\n",
@@ -271,7 +237,7 @@ fn json(what: Push, figures: &Figures) -> anyhow::Result<()> {
         .collect();
     let object = serde_json::json!({
         "machine": machine(),
-        "build": build_name(what),
+        "build": build_name(what.dev),
         "agents": what.agents,
         "push_last_ms": figures.last_ms(),
         "push_cpu_us_per_task": figures.cpu_us(),
@@ -298,24 +264,6 @@ impl Figures {
     }
 }
 
-const fn build_name(what: Push) -> &'static str {
-    if what.dev { "dev (unoptimized)" } else { "release" }
-}
-
-fn machine() -> String {
-    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let cores = thread::available_parallelism().map_or(0, usize::from);
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("{} ({cores} cores), Linux {}", model.map_or("unknown processor", |(_, m)| m), kernel.trim())
-}
-
-fn resident_kib(pid: u32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().strip_suffix(" kB")?.trim().parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,14 +274,5 @@ mod tests {
         let rounds = vec![round(9.0, 1), round(1.0, 3), round(2.0, 2)];
         let figures = Figures { rounds, lost: 0, resident_kib: None };
         assert_eq!((figures.cpu_us(), figures.last_ms()), (2.0, 2));
-    }
-
-    #[test]
-    fn time_is_read_behind_any_name() {
-        let stat = "7 (a) b) S 1 7 7 0 -1 4194304 100 0 0 0 250 50 0 0 20 0 8 0 5 0 0";
-        assert_eq!(ticks(stat), Some(300.0));
-        assert_eq!(ticks("7 (x) S 1"), None);
-        assert!(cpu_us(std::process::id()).unwrap() >= 0.0);
-        assert!(resident_kib(std::process::id()).unwrap() > 0);
     }
 }
