@@ -25,7 +25,10 @@ fn skipped(output: &Output, root: &Path) -> Vec<(String, String)> {
     let below = |line: &Value| {
         let (path, _) = path_and_member(line);
         let path = String::from_utf8(path).expect("names in these tests are UTF-8");
-        (path.strip_prefix(&root).unwrap_or(&path).to_owned(), line["reason"].as_str().unwrap().to_owned())
+        (
+            path.strip_prefix(&root).unwrap_or(&path).to_owned(),
+            line["reason"].as_str().expect("a skip has a reason").to_owned(),
+        )
     };
     let mut all: Vec<_> = standalone::lines(output, "skipped").iter().map(below).collect();
     all.sort();
@@ -81,13 +84,13 @@ impl Overlay {
         let lower = Fuse::mount(&folder.join("lower"), entries);
         let path = folder.join("over");
         for name in ["over", "other"] {
-            fs::create_dir(folder.join(name)).unwrap();
+            fs::create_dir(folder.join(name)).expect("a folder can be made");
         }
         let layers =
             format!("lowerdir={}:{}", folder.join("lower").display(), folder.join("other").display());
         let done =
             Command::new("mount").args(["-t", "overlay", "-o", &layers, "overlay"]).arg(&path).status();
-        assert!(done.unwrap().success(), "an overlay cannot be mounted");
+        assert!(done.is_ok_and(|status| status.success()), "an overlay cannot be mounted");
         Self { path, lower: Some(lower) }
     }
 
