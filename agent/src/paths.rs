@@ -55,6 +55,11 @@ impl Paths {
         self.root.join("patterns")
     }
 
+    /// Which files are known clean.
+    pub(crate) fn seen(&self) -> PathBuf {
+        self.root.join("seen")
+    }
+
     /// Removed files, encrypted.
     pub(crate) fn vault(&self) -> PathBuf {
         self.root.join("vault")

@@ -341,6 +341,9 @@ pub struct Coverage {
     pub files: u64,
     /// Bytes of those files on disk.
     pub bytes: u64,
+    /// How many of those files were not read now, because the same patterns had found them clean and the file
+    /// system says that they have not changed since.
+    pub known: u64,
     /// Detections reported.
     pub detections: u64,
     /// How many things were skipped, by reason.

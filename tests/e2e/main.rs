@@ -5,6 +5,7 @@
 mod cleanup;
 mod enroll;
 mod hostile;
+mod known;
 mod link;
 mod names;
 mod roles;

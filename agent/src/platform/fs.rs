@@ -52,6 +52,14 @@ pub(crate) struct Stamp {
     changed: (i64, u32),
 }
 
+impl Stamp {
+    /// Size in bytes; when the content and when the attributes were last changed, in seconds and nanoseconds
+    /// since 1970.
+    pub(crate) fn parts(&self) -> (u64, (i64, u32), (i64, u32)) {
+        (self.size, self.modified, self.changed)
+    }
+}
+
 /// Which object on disk a name stood for. Device numbers may change with a boot, inode numbers do not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Object {

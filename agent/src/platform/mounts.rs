@@ -29,6 +29,7 @@ struct Mount {
     residence: Residence,
     /// Whether anything is mounted on a folder of it.
     is_mounted_on: bool,
+    keeps_times: bool,
 }
 
 impl Mounts {
@@ -52,6 +53,14 @@ impl Mounts {
         self.known
             .get(&mount)
             .is_some_and(|mount| mount.residence == Residence::Remote && !mount.is_mounted_on)
+    }
+
+    /// Whether a change of a file there always moves the time of its last change, which nobody can set: file
+    /// systems on a disk of this machine that root mounted. One that forbids set-user-id programs may hold what
+    /// a user prepared elsewhere (a stick), with any times, inodes and sizes.
+    pub(crate) fn keeps_times(&mut self, mount: u64) -> bool {
+        self.refresh();
+        self.known.get(&mount).is_some_and(|mount| mount.keeps_times)
     }
 
     fn refresh(&mut self) {
@@ -90,11 +99,15 @@ fn parse(table: &[u8]) -> HashMap<u64, Mount> {
         else {
             continue;
         };
-        if !fields.by_ref().skip(4).any(|field| field == b"-") {
+        let is_nosuid =
+            fields.nth(3).is_some_and(|options| options.split(|b| *b == b',').any(|o| o == b"nosuid"));
+        if !fields.any(|field| field == b"-") {
             continue;
         }
         let Some(kind) = fields.next() else { continue };
-        known.insert(id, Mount { residence: residence(kind), is_mounted_on: false });
+        let keeps_times =
+            !is_nosuid && matches!(kind, b"ext2" | b"ext3" | b"ext4" | b"xfs" | b"btrfs" | b"f2fs");
+        known.insert(id, Mount { residence: residence(kind), is_mounted_on: false, keeps_times });
         parents.push((id, parent));
     }
     for (id, parent) in parents {
@@ -141,6 +154,8 @@ mod tests {
             33 21 0:46 / /mnt/e rw - fuse - rw\n\
             no number at all\n40\n41 21\n42 21 0:1 / /x rw shared:1\n43 21 0:1 / /x rw -\n\xff\xfe 1 2 3\n";
         let known = parse(table);
+        assert!(known[&21].keeps_times && !known[&31].keeps_times);
+        assert!(!parse(b"21 1 8:1 / /m rw,nosuid shared:1 - ext4 /dev/sdb rw\n")[&21].keeps_times);
         let mut found: Vec<_> = known.into_iter().map(|(id, m)| (id, m.residence, m.is_mounted_on)).collect();
         found.sort_by_key(|(id, ..)| *id);
         assert_eq!(

@@ -6,30 +6,46 @@
 //! **Invariant:** this process opens files and never reads their content; the worker does.
 
 mod batch;
+mod crews;
 mod ledger;
 mod links;
+mod seen;
 pub(crate) mod standalone;
 mod walk;
 
 use std::{
+    collections::BTreeSet,
     num::NonZeroUsize,
-    sync::atomic::{AtomicBool, Ordering},
+    path::PathBuf,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::Scope,
     time::{Duration, Instant},
 };
 
+use crossbeam_channel::bounded;
 use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
+    ids::Sha256,
     report::{Coverage, Detection, Failure, PathBytes, Skipped},
     task::ScanLimits,
 };
 use tm_scanner::{
     item::{Item, ItemResult},
-    pool::{PoolOptions, ScanPool, StartError, WorkerProgram},
+    pool::{PoolOptions, StartError},
 };
 
 use crate::{
     platform::fs::Object,
-    scan::{batch::Batch, ledger::Ledger, walk::Found},
+    scan::{
+        batch::Batch,
+        crews::{Crews, FinishOnDrop, With},
+        ledger::Ledger,
+        seen::{Known, Seen},
+        walk::Found,
+    },
 };
 
 /// How often progress is told.
@@ -50,6 +66,8 @@ pub(crate) struct Order {
     pub(crate) limits: ScanLimits,
     /// Go on into other file systems of this machine.
     pub(crate) all_local: bool,
+    /// Where it is kept which files are known clean; nothing is remembered without.
+    pub(crate) seen: Option<PathBuf>,
     /// Scanning threads in the worker, at least 1.
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
@@ -59,7 +77,7 @@ pub(crate) struct Order {
 impl Order {
     /// A scan on all cores that yields to whatever else the endpoint does and stays on the paths' file systems.
     pub(crate) fn new(paths: Vec<PathBytes>, patterns: Vec<Pattern>, limits: ScanLimits) -> Self {
-        Self { paths, patterns, limits, all_local: false, threads: all_cores(), nice: 10 }
+        Self { paths, patterns, limits, all_local: false, seen: None, threads: all_cores(), nice: 10 }
     }
 }
 
@@ -99,7 +117,7 @@ pub(crate) fn run(
 ) -> Result<Coverage, Failure> {
     let mut batch = Batch::default();
     let coverage = run_with(
-        order,
+        &order,
         &mut |event| match event {
             Event::Detection(detection, object) => {
                 if let Some(full) = batch.push(detection.clone(), object) {
@@ -189,95 +207,118 @@ enum Event<'a> {
 
 type Observer<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 
-/// The scan itself: one thread walks, this one takes the results. The worker's queue is bounded; while it is
-/// full, the walk waits.
-fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Coverage, Error> {
+/// The scan itself: one thread walks, one takes the results of each worker, this one watches the time. A worker's
+/// queue is bounded; while it is full, the walk waits.
+fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Coverage, Error> {
     let started = Instant::now();
     walk::check(&order.paths, &|| cancel.load(Ordering::Relaxed))?;
     let options = PoolOptions { threads: order.threads.max(1), limits: order.limits, nice: order.nice };
-    let (pool, results) = ScanPool::start(&WorkerProgram::this(), &order.patterns, options)?;
-    let _guard = CancelOnPanic(&pool);
-
+    let seen = order.seen.as_deref().and_then(|path| Seen::open(path, &order.patterns));
+    let rest = seen.as_ref().map(|seen| with_digests(&order.patterns, seen.rest())).unwrap_or_default();
+    // Patterns that have found files clean are known to load; others are tried before anything else is done.
+    let may_wait = seen.as_ref().is_some_and(Seen::may_know);
+    let seen = seen.map(Mutex::new);
+    let crews = Crews::new(&order.patterns, rest, options);
     let ledger = Ledger::new(order.limits, observe);
-    let given_up = AtomicBool::new(false);
-    let walked = AtomicBool::new(false);
     let own_cpu = thread_cpu();
-    let walk_cpu = std::thread::scope(|scope| {
+    let others_cpu = std::thread::scope(|scope| {
+        let (walked, walking) = bounded::<()>(1);
         let walker = scope.spawn(|| {
-            let _finish = FinishOnDrop(&pool);
-            let stopped = || cancel.load(Ordering::Relaxed) || given_up.load(Ordering::Relaxed);
-            let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
-            let options = walk::Options { all_local: order.all_local, patience };
-            let mut cpu = Duration::ZERO;
-            for path in &order.paths {
-                cpu += walk::walk(path, options, &stopped, &mut |found| match found {
-                    Found::File { path, file, facts } => {
-                        let id = ledger.lock().hand_over(path, &facts);
-                        if let Some(id) = id {
-                            pool.submit(Item { id, file });
-                        }
-                    }
-                    Found::Skipped(skipped) => ledger.lock().skip(skipped),
-                });
-            }
-            walked.store(true, Ordering::Release);
-            cpu + thread_cpu()
+            // Dropped last, so that the watch goes on until all is done.
+            let _walked = walked;
+            walk_and_take(scope, order, &crews, &ledger, seen.as_ref(), may_wait, cancel)
         });
-
-        let mut cancelled = false;
         let mut ticked = started;
-        loop {
-            match results.recv_timeout(CANCEL_EVERY) {
-                Ok(ItemResult { id, findings }) => ledger.lock().take(id, &findings),
-                Err(error) if error.is_timeout() => {}
-                Err(_) => break,
-            }
-            if !cancelled && cancel.load(Ordering::Relaxed) {
-                cancelled = true;
-                pool.cancel();
+        while walking.recv_timeout(CANCEL_EVERY).is_err_and(|error| error.is_timeout()) {
+            if cancel.load(Ordering::Relaxed) {
+                // Again each time: the walk may just be starting one.
+                crews.cancel();
             }
             if ticked.elapsed() >= PROGRESS_EVERY {
                 ticked = Instant::now();
                 ledger.lock().tick();
             }
         }
-        if !walked.load(Ordering::Acquire) {
-            // Nothing takes what the walk still finds; a full queue must not hold it.
-            given_up.store(true, Ordering::Relaxed);
-            pool.cancel();
-        }
         walker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
 
     let is_cancelled = cancel.load(Ordering::Relaxed);
-    if given_up.load(Ordering::Relaxed) && !is_cancelled {
-        return Err(Error::Pool);
+    match crews.failure() {
+        Some(Some(error)) => return Err(Error::Start(error)),
+        Some(None) if !is_cancelled => return Err(Error::Pool),
+        Some(None) | None => {}
     }
-    let own_cpu = thread_cpu().saturating_sub(own_cpu).saturating_add(walk_cpu);
+    if let Some(seen) = seen {
+        let seen = seen.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = seen.save() {
+            // The next scan reads more than it must; this one has lost nothing.
+            tracing::warn!(%error, "cannot remember which files are known clean");
+        }
+    }
+    let own_cpu = thread_cpu().saturating_sub(own_cpu).saturating_add(others_cpu);
     let mut coverage = ledger.close(is_cancelled);
     coverage.elapsed_ms = millis(started.elapsed());
-    coverage.cpu_ms = millis(own_cpu).saturating_add(pool.cpu_ms());
+    coverage.cpu_ms = millis(own_cpu).saturating_add(crews.cpu_ms());
     Ok(coverage)
 }
 
-/// Ends the pool's input however the walk ends, so that the results end too.
-struct FinishOnDrop<'a>(&'a ScanPool);
-
-impl Drop for FinishOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.finish();
+/// Walks, hands over, and waits for the last result. Returns the CPU time of all that.
+fn walk_and_take<'scope, 'env, 'books>(
+    scope: &'scope Scope<'scope, 'env>,
+    order: &'env Order,
+    crews: &'env Crews<'env>,
+    ledger: &'env Ledger<'books>,
+    seen: Option<&'env Mutex<Seen>>,
+    may_wait: bool,
+    cancel: &AtomicBool,
+) -> Duration {
+    let finish = FinishOnDrop(crews);
+    let lock = |seen: &'env Mutex<Seen>| seen.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut takers = Vec::new();
+    let mut start = |with| {
+        let take = move |ItemResult { id, findings }: ItemResult| {
+            if let Some(seen) = seen {
+                lock(seen).answer(id, findings.matches.is_empty() && findings.skips.is_empty());
+            }
+            ledger.lock().take(id, &findings);
+        };
+        match crews.start(with, scope, take) {
+            Ok(taker) => takers.extend(taker),
+            Err(error) => crews.give_up(Some(error)),
+        }
+    };
+    if !may_wait {
+        start(With::All);
     }
+    let stopped = || cancel.load(Ordering::Relaxed) || crews.is_given_up();
+    let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
+    let options = walk::Options { all_local: order.all_local, patience };
+    let mut cpu = Duration::ZERO;
+    for path in &order.paths {
+        cpu += walk::walk(path, options, &stopped, &mut |found| match found {
+            Found::File { path, file, facts } => {
+                let Some(id) = ledger.lock().hand_over(path, &facts) else { return };
+                let with = match seen.map_or(Known::No, |seen| lock(seen).meet(&facts, id)) {
+                    Known::ByAll => return ledger.lock().known(id, facts.stamp.parts().0),
+                    Known::ButTheRest => With::Rest,
+                    Known::No => With::All,
+                };
+                start(with);
+                crews.submit(with, Item { id, file });
+            }
+            Found::Skipped(skipped) => ledger.lock().skip(skipped),
+        });
+    }
+    drop(finish);
+    for taker in takers {
+        cpu += taker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    }
+    cpu + thread_cpu()
 }
 
-/// Frees a walk that waits for the pool if the thread that takes the results panics.
-struct CancelOnPanic<'a>(&'a ScanPool);
-
-impl Drop for CancelOnPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.cancel();
-        }
-    }
+/// Those of `patterns` that are named.
+fn with_digests(patterns: &[Pattern], names: &BTreeSet<Sha256>) -> Vec<Pattern> {
+    patterns.iter().filter(|pattern| names.contains(&pattern.sha256())).cloned().collect()
 }
 
 /// CPU time of the calling thread so far.

@@ -120,7 +120,8 @@ async fn scan(task: TaskId, spec: ScanSpec, context: Context, cancel: Arc<Atomic
         Ok(patterns) => patterns,
         Err(failure) => return Outcome::Failed(failure),
     };
-    let order = scan::Order::new(spec.paths, patterns, spec.limits);
+    let mut order = scan::Order::new(spec.paths, patterns, spec.limits);
+    order.seen = Some(context.paths.seen());
     let (tell, boot) = (context.tell, context.boot);
     let work = move || {
         let sink = |update| {

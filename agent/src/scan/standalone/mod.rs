@@ -31,7 +31,7 @@ use self::{
     report::{Format, Report},
     units::{parse_duration_ms, parse_size},
 };
-use crate::scan::{Error, Order, all_cores, chain, problem_line, run_with};
+use crate::scan::{Error, Order, all_cores, chain, problem_line, run_with, seen::check_place};
 
 /// Incomplete, or an error stood in the way.
 const EXIT_INCOMPLETE: u8 = 2;
@@ -53,6 +53,9 @@ pub(crate) struct Args {
     /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)
     #[arg(long)]
     all_local: bool,
+    /// Remember in FILE which files are clean, and do not read them again until they or the patterns change
+    #[arg(long, value_name = "FILE")]
+    cache: Option<PathBuf>,
     #[command(flatten)]
     limits: LimitArgs,
 }
@@ -142,18 +145,23 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     let mut order = Order::new(paths, patterns, args.limits.limits());
     order.threads = args.threads.map_or_else(all_cores, usize::from);
     order.all_local = args.all_local;
+    if let Some(cache) = &args.cache {
+        check_place(cache).map_err(|error| vec![format!("cannot keep `{}`: {error}", bytes(cache))])?;
+        order.seen = Some(cache.clone());
+    }
     // Somebody sits and waits for it.
     order.nice = 0;
 
     let cancel = AtomicBool::new(false);
     let progress = io::stderr().is_terminal().then(io::stderr);
     let mut report = Report::new(io::BufWriter::new(io::stdout()), progress, args.output, names, &cancel);
-    let coverage = run_with(order, &mut |event| report.event(&event), &cancel).map_err(|error| match error {
-        Error::Start(StartError::Refused { name, problems }) if !problems.is_empty() => {
-            problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect()
-        }
-        Error::Start(_) | Error::Path(_) | Error::Pool => vec![chain(&error)],
-    });
+    let coverage =
+        run_with(&order, &mut |event| report.event(&event), &cancel).map_err(|error| match error {
+            Error::Start(StartError::Refused { name, problems }) if !problems.is_empty() => {
+                problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect()
+            }
+            Error::Start(_) | Error::Path(_) | Error::Pool => vec![chain(&error)],
+        });
     match coverage {
         Ok(coverage) => {
             report.finish(&coverage).map_err(|error| vec![format!("cannot write the results: {error}")])?;

@@ -67,6 +67,7 @@ enum Record<'a> {
         verdict: Verdict,
         files: u64,
         bytes: u64,
+        known: u64,
         detections: u64,
         skipped: &'a BTreeMap<SkipReason, u64>,
         elapsed_s: f64,
@@ -119,6 +120,7 @@ impl<'a, W: Write> Report<'a, W> {
                 verdict: coverage.verdict(),
                 files: coverage.files,
                 bytes: coverage.bytes,
+                known: coverage.known,
                 detections: coverage.detections,
                 skipped: &coverage.skipped,
                 elapsed_s: seconds(coverage.elapsed_ms),
@@ -199,6 +201,9 @@ impl<'a, W: Write> Report<'a, W> {
             seconds(coverage.elapsed_ms),
             seconds(coverage.cpu_ms),
         )?;
+        if coverage.known > 0 {
+            writeln!(self.out, "{} of them known clean, unchanged since they were read", coverage.known)?;
+        }
         if !coverage.skipped.is_empty() {
             let counts: Vec<_> =
                 coverage.skipped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
@@ -324,7 +329,7 @@ mod tests {
             records[23],
             serde_json::json!({
                 "type": "summary", "verdict": "detected", "files": 2, "bytes": 2048, "detections": 1,
-                "skipped": { "encrypted": 22 }, "elapsed_s": 1.5, "cpu_s": 0.5,
+                "known": 0, "skipped": { "encrypted": 22 }, "elapsed_s": 1.5, "cpu_s": 0.5,
             })
         );
     }

@@ -333,6 +333,9 @@ mod tests {
         for n in 0..50 {
             std::fs::write(root.join(format!("d/d/beside-{n}")), b"").unwrap();
         }
+        // More than the walk can be ahead of who takes them, so that it is still below when the folder moves.
+        let deep = root.join("d/".repeat(80));
+        (0..3000).for_each(|n| std::fs::write(deep.join(n.to_string()), b"").unwrap());
         let (mut files, mut changed, mut moved) = (0, 0, false);
         walk(&bytes(&root), OPTIONS, &|| false, &mut |found| match found {
             Found::File { path, .. } => {
