@@ -7,6 +7,7 @@ mod enroll;
 mod hostile;
 mod known;
 mod link;
+mod memory;
 mod names;
 mod roles;
 mod scan;

@@ -3,11 +3,12 @@
 //! **Invariant:** every file that was handed over ends in the receipt once, and under each of its names.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use tm_protocol::{
+    ids::Sha256,
     report::{Coverage, Detection, PathBytes, SkipReason, Skipped},
     task::ScanLimits,
 };
@@ -33,6 +34,8 @@ pub(super) struct Books<'a> {
     /// The files that the worker has. As many as its queue holds.
     in_hand: HashMap<u64, Held>,
     links: Links,
+    /// What was told of processes: a rule that matches all over one is told once.
+    told: HashSet<(PathBytes, Sha256, String)>,
 }
 
 /// A file that the worker has.
@@ -40,14 +43,16 @@ struct Held {
     /// Where it was met; at least once.
     names: Vec<PathBytes>,
     object: Object,
+    /// For a piece of a process's memory, what stands before a member's name.
+    memory: Option<Vec<PathBytes>>,
 }
 
 impl<'a> Ledger<'a> {
     /// An empty one; `observe` hears of everything that is entered.
     pub(super) fn new(limits: ScanLimits, observe: Observer<'a>) -> Self {
         let coverage = Coverage::default();
-        let (in_hand, links) = (HashMap::new(), Links::default());
-        Self(Mutex::new(Books { limits, observe, coverage, next_id: 0, in_hand, links }))
+        let (in_hand, links, told) = (HashMap::new(), Links::default(), HashSet::new());
+        Self(Mutex::new(Books { limits, observe, coverage, next_id: 0, in_hand, links, told }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Books<'a>> {
@@ -59,8 +64,10 @@ impl<'a> Ledger<'a> {
         let mut books = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         if !is_cancelled {
             for held in std::mem::take(&mut books.in_hand).into_values() {
+                let member = held.memory.unwrap_or_default();
                 for path in held.names {
-                    books.skip(Skipped { path, member: vec![], reason: SkipReason::WorkerDied });
+                    let member = member.clone();
+                    books.skip(Skipped { path, member, reason: SkipReason::WorkerDied });
                 }
             }
         }
@@ -74,7 +81,7 @@ impl Books<'_> {
     pub(super) fn hand_over(&mut self, path: PathBytes, facts: &Facts) -> Option<u64> {
         match self.links.meet(facts) {
             Met::Known(findings) => {
-                self.report(&path, facts.object(), &findings);
+                self.report(&path, &[], facts.object(), &findings);
                 return None;
             }
             Met::InHand(id) => {
@@ -88,48 +95,79 @@ impl Books<'_> {
         let id = self.next_id;
         self.next_id += 1;
         self.links.hand_over(facts, id);
-        self.in_hand.insert(id, Held { names: vec![path], object: facts.object() });
+        self.in_hand.insert(id, Held { names: vec![path], object: facts.object(), memory: None });
         Some(id)
+    }
+
+    /// Notes a piece of a process's memory and gives it the number under which it goes to the worker.
+    pub(super) fn hand_over_memory(&mut self, path: PathBytes, member: Vec<PathBytes>) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        // No file has these numbers: nothing can be done to it by its place.
+        let object = Object { device: 0, inode: 0 };
+        self.in_hand.insert(id, Held { names: vec![path], object, memory: Some(member) });
+        id
+    }
+
+    /// So many bytes of a process were handed over, all that is looked at of it.
+    pub(super) fn process(&mut self, bytes: u64) {
+        self.coverage.files += 1;
+        self.coverage.bytes = self.coverage.bytes.saturating_add(bytes);
     }
 
     /// Enters what the worker says of a file. An answer to no question is dropped: a worker that has been
     /// taken over by a file must not be able to invent results for others.
-    pub(super) fn take(&mut self, id: u64, findings: &Findings) {
-        let Some(held) = self.in_hand.remove(&id) else { return };
+    ///
+    /// Whether it was a piece of memory.
+    pub(super) fn take(&mut self, id: u64, findings: &Findings) -> bool {
+        let Some(held) = self.in_hand.remove(&id) else { return false };
+        if let Some(within) = held.memory {
+            for path in held.names {
+                self.report(&path, &within, held.object, findings);
+            }
+            return true;
+        }
         self.links.answer(held.object, id, findings);
         if was_read(findings, &self.limits) {
             self.coverage.files += 1;
             self.coverage.bytes = self.coverage.bytes.saturating_add(findings.size);
         }
         for path in held.names {
-            self.report(&path, held.object, findings);
+            self.report(&path, &[], held.object, findings);
         }
+        false
     }
 
     /// Enters a file that is known clean and is not read again; `size` in bytes.
     pub(super) fn known(&mut self, id: u64, size: u64) {
         self.coverage.known += 1;
-        self.take(id, &Findings { size, ..Findings::default() });
+        let _ = self.take(id, &Findings { size, ..Findings::default() });
     }
 
-    /// Enters findings for one name of a file.
-    fn report(&mut self, path: &PathBytes, object: Object, findings: &Findings) {
+    /// Enters findings for one name of a file, or for a piece `within` a process.
+    fn report(&mut self, path: &PathBytes, within: &[PathBytes], object: Object, findings: &Findings) {
+        let member = |member: &[PathBytes]| [within, member].concat();
         for skip in &findings.skips {
-            self.skip(Skipped { path: path.clone(), member: skip.member.clone(), reason: skip.reason });
+            self.skip(Skipped { path: path.clone(), member: member(&skip.member), reason: skip.reason });
         }
         if findings.matches.is_empty() {
             return;
         }
         // A match without a digest is an answer that no sound worker gives.
         let Some(sha256) = findings.sha256 else {
-            let path = path.clone();
-            return self.skip(Skipped { path, member: vec![], reason: SkipReason::WorkerDied });
+            let (path, member) = (path.clone(), member(&[]));
+            return self.skip(Skipped { path, member, reason: SkipReason::WorkerDied });
         };
         for found in &findings.matches {
+            let is_new =
+                within.is_empty() || self.told.insert((path.clone(), found.pattern, found.rule.clone()));
+            if !is_new {
+                continue;
+            }
             self.coverage.detections += 1;
             let detection = Detection {
                 path: path.clone(),
-                member: found.member.clone(),
+                member: member(&found.member),
                 pattern: found.pattern,
                 rule: found.rule.clone(),
                 sha256,
@@ -163,7 +201,6 @@ fn was_read(findings: &Findings, limits: &ScanLimits) -> bool {
 mod tests {
     use std::fs;
 
-    use tm_protocol::ids::Sha256;
     use tm_scanner::item::{Match, Skip};
 
     use super::*;

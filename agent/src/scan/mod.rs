@@ -9,6 +9,7 @@ mod batch;
 mod crews;
 mod ledger;
 mod links;
+pub(crate) mod memory;
 mod seen;
 pub(crate) mod standalone;
 mod walk;
@@ -43,6 +44,7 @@ use crate::{
         batch::Batch,
         crews::{Crews, FinishOnDrop, With},
         ledger::Ledger,
+        memory::{Met, Room},
         seen::{Known, Seen},
         walk::Found,
     },
@@ -68,6 +70,8 @@ pub(crate) struct Order {
     pub(crate) all_local: bool,
     /// Where it is kept which files are known clean; nothing is remembered without.
     pub(crate) seen: Option<PathBuf>,
+    /// Look at the memory of processes too, at most so many bytes of each.
+    pub(crate) memory: Option<u64>,
     /// Scanning threads in the worker, at least 1.
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
@@ -77,7 +81,16 @@ pub(crate) struct Order {
 impl Order {
     /// A scan on all cores that yields to whatever else the endpoint does and stays on the paths' file systems.
     pub(crate) fn new(paths: Vec<PathBytes>, patterns: Vec<Pattern>, limits: ScanLimits) -> Self {
-        Self { paths, patterns, limits, all_local: false, seen: None, threads: all_cores(), nice: 10 }
+        Self {
+            paths,
+            patterns,
+            limits,
+            all_local: false,
+            seen: None,
+            memory: None,
+            threads: all_cores(),
+            nice: 10,
+        }
     }
 }
 
@@ -218,7 +231,7 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
     // Patterns that have found files clean are known to load; others are tried before anything else is done.
     let may_wait = seen.as_ref().is_some_and(Seen::may_know);
     let seen = seen.map(Mutex::new);
-    let crews = Crews::new(&order.patterns, rest, options);
+    let (crews, room) = (Crews::new(&order.patterns, rest, options), Room::default());
     let ledger = Ledger::new(order.limits, observe);
     let own_cpu = thread_cpu();
     let others_cpu = std::thread::scope(|scope| {
@@ -226,7 +239,7 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
         let walker = scope.spawn(|| {
             // Dropped last, so that the watch goes on until all is done.
             let _walked = walked;
-            walk_and_take(scope, order, &crews, &ledger, seen.as_ref(), may_wait, cancel)
+            walk_and_take(scope, order, &crews, (&ledger, &room), seen.as_ref(), may_wait, cancel)
         });
         let mut ticked = started;
         while walking.recv_timeout(CANCEL_EVERY).is_err_and(|error| error.is_timeout()) {
@@ -267,7 +280,7 @@ fn walk_and_take<'scope, 'env, 'books>(
     scope: &'scope Scope<'scope, 'env>,
     order: &'env Order,
     crews: &'env Crews<'env>,
-    ledger: &'env Ledger<'books>,
+    (ledger, room): (&'env Ledger<'books>, &'env Room),
     seen: Option<&'env Mutex<Seen>>,
     may_wait: bool,
     cancel: &AtomicBool,
@@ -280,7 +293,10 @@ fn walk_and_take<'scope, 'env, 'books>(
             if let Some(seen) = seen {
                 lock(seen).answer(id, findings.matches.is_empty() && findings.skips.is_empty());
             }
-            ledger.lock().take(id, &findings);
+            let was_memory = ledger.lock().take(id, &findings);
+            if was_memory {
+                room.give();
+            }
         };
         match crews.start(with, scope, take) {
             Ok(taker) => takers.extend(taker),
@@ -294,6 +310,17 @@ fn walk_and_take<'scope, 'env, 'books>(
     let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
     let options = walk::Options { all_local: order.all_local, patience };
     let mut cpu = Duration::ZERO;
+    if let Some(most) = order.memory {
+        start(With::All);
+        memory::walk((most, order.limits.file_bytes), room, &stopped, &mut |met| match met {
+            Met::Piece { path, member, file } => {
+                let id = ledger.lock().hand_over_memory(path, member);
+                crews.submit(With::All, Item { id, file });
+            }
+            Met::Process(bytes) => ledger.lock().process(bytes),
+            Met::Skipped(skipped) => ledger.lock().skip(skipped),
+        });
+    }
     for path in &order.paths {
         cpu += walk::walk(path, options, &stopped, &mut |found| match found {
             Found::File { path, file, facts } => {

@@ -31,7 +31,7 @@ use self::{
     report::{Format, Report},
     units::{parse_duration_ms, parse_size},
 };
-use crate::scan::{Error, Order, all_cores, chain, problem_line, run_with, seen::check_place};
+use crate::scan::{Error, Order, all_cores, chain, memory, problem_line, run_with, seen::check_place};
 
 /// Incomplete, or an error stood in the way.
 const EXIT_INCOMPLETE: u8 = 2;
@@ -53,6 +53,9 @@ pub(crate) struct Args {
     /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)
     #[arg(long)]
     all_local: bool,
+    /// Look at the memory of running processes, too
+    #[arg(long)]
+    processes: bool,
     /// Remember in FILE which files are clean, and do not read them again until they or the patterns change
     #[arg(long, value_name = "FILE")]
     cache: Option<PathBuf>,
@@ -145,6 +148,7 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     let mut order = Order::new(paths, patterns, args.limits.limits());
     order.threads = args.threads.map_or_else(all_cores, usize::from);
     order.all_local = args.all_local;
+    order.memory = args.processes.then_some(memory::MOST_BYTES);
     if let Some(cache) = &args.cache {
         check_place(cache).map_err(|error| vec![format!("cannot keep `{}`: {error}", bytes(cache))])?;
         order.seen = Some(cache.clone());

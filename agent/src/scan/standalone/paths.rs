@@ -57,8 +57,12 @@ impl clap::FromArgMatches for PatternsAndPaths {
             .into_iter()
             .flatten()
             .map(|group| group.cloned().collect())
-            .collect();
+            .collect::<Vec<Vec<PathBuf>>>();
         let paths = matches.get_many("path").into_iter().flatten().cloned().collect();
+        // Processes are something to scan, so every word may be a pattern.
+        if matches.try_get_one::<bool>("processes").ok().flatten().is_some_and(|processes| *processes) {
+            return Ok(Self { patterns: groups.into_iter().flatten().collect(), paths });
+        }
         Self::sort_out(groups, paths)
             .ok_or_else(|| clap::Error::raw(ErrorKind::MissingRequiredArgument, "no PATH to scan was given"))
     }
