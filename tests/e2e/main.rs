@@ -9,6 +9,7 @@ mod known;
 mod link;
 mod memory;
 mod names;
+mod quick;
 mod roles;
 mod scan;
 mod session;

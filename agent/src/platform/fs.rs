@@ -35,6 +35,8 @@ pub(crate) struct Facts {
     pub(crate) kind: Kind,
     device: u64,
     inode: u64,
+    /// Somebody may execute it.
+    pub(crate) is_executable: bool,
     /// How many names it has.
     pub(crate) links: u64,
     /// When it was last changed, and how large it was.
@@ -353,6 +355,7 @@ fn facts_with_mount(stat: &Statx) -> Facts {
         kind: kind(FileType::from_raw_mode(stat.stx_mode.into())),
         device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
         inode: stat.stx_ino,
+        is_executable: stat.stx_mode & 0o111 != 0,
         links: stat.stx_nlink.into(),
         stamp: Stamp {
             size: stat.stx_size,
@@ -372,6 +375,7 @@ fn facts_without_mount(stat: &rustix::fs::Stat) -> Facts {
         kind: kind(FileType::from_raw_mode(stat.st_mode)),
         device: stat.st_dev,
         inode: stat.st_ino,
+        is_executable: stat.st_mode & 0o111 != 0,
         #[expect(clippy::useless_conversion, reason = "narrower on some machines")]
         links: stat.st_nlink.into(),
         stamp: Stamp {

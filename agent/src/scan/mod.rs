@@ -10,6 +10,7 @@ mod crews;
 mod ledger;
 mod links;
 pub(crate) mod memory;
+mod quick;
 mod seen;
 pub(crate) mod standalone;
 mod walk;
@@ -30,7 +31,7 @@ use crossbeam_channel::bounded;
 use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
     ids::Sha256,
-    report::{Coverage, Detection, Failure, PathBytes, Skipped},
+    report::{Coverage, Detection, Failure, PathBytes, SkipReason, Skipped},
     task::ScanLimits,
 };
 use tm_scanner::{
@@ -39,12 +40,13 @@ use tm_scanner::{
 };
 
 use crate::{
-    platform::fs::Object,
+    platform::fs::{Object, facts_of},
     scan::{
         batch::Batch,
         crews::{Crews, FinishOnDrop, With},
         ledger::Ledger,
         memory::{Met, Room},
+        quick::{Quick, is_of_interest},
         seen::{Known, Seen},
         walk::Found,
     },
@@ -62,6 +64,8 @@ const CANCEL_EVERY: Duration = Duration::from_millis(100);
 pub(crate) struct Order {
     /// Files and folders.
     pub(crate) paths: Vec<PathBytes>,
+    /// Look at what a quick scan looks at, too.
+    pub(crate) quick: bool,
     /// What to look for.
     pub(crate) patterns: Vec<Pattern>,
     /// How far to go with one file.
@@ -83,6 +87,7 @@ impl Order {
     pub(crate) fn new(paths: Vec<PathBytes>, patterns: Vec<Pattern>, limits: ScanLimits) -> Self {
         Self {
             paths,
+            quick: false,
             patterns,
             limits,
             all_local: false,
@@ -321,20 +326,36 @@ fn walk_and_take<'scope, 'env, 'books>(
             Met::Skipped(skipped) => ledger.lock().skip(skipped),
         });
     }
-    for path in &order.paths {
-        cpu += walk::walk(path, options, &stopped, &mut |found| match found {
-            Found::File { path, file, facts } => {
-                let Some(id) = ledger.lock().hand_over(path, &facts) else { return };
-                let with = match seen.map_or(Known::No, |seen| lock(seen).meet(&facts, id)) {
-                    Known::ByAll => return ledger.lock().known(id, facts.stamp.parts().0),
-                    Known::ButTheRest => With::Rest,
-                    Known::No => With::All,
-                };
-                start(with);
-                crews.submit(with, Item { id, file });
+    let quick = order.quick.then(Quick::now);
+    let mut hand_over = |found, is_home| match found {
+        Found::File { facts, .. } if is_home && !is_of_interest(&facts) => {}
+        Found::File { path, file, facts } => {
+            let Some(id) = ledger.lock().hand_over(path, &facts) else { return };
+            let with = match seen.map_or(Known::No, |seen| lock(seen).meet(&facts, id)) {
+                Known::ByAll => return ledger.lock().known(id, facts.stamp.parts().0),
+                Known::ButTheRest => With::Rest,
+                Known::No => With::All,
+            };
+            start(with);
+            crews.submit(with, Item { id, file });
+        }
+        Found::Skipped(skipped) => ledger.lock().skip(skipped),
+    };
+    let Quick { whole, homes, gone } = quick.unwrap_or_default();
+    for (path, file) in gone {
+        match facts_of(&file) {
+            Ok(facts) => hand_over(Found::File { path, file, facts }, false),
+            Err(_) => {
+                let skipped = Skipped { path, member: vec![], reason: SkipReason::Unreadable };
+                hand_over(Found::Skipped(skipped), false);
             }
-            Found::Skipped(skipped) => ledger.lock().skip(skipped),
-        });
+        }
+    }
+    for path in order.paths.iter().chain(&whole) {
+        cpu += walk::walk(path, options, &stopped, &mut |found| hand_over(found, false));
+    }
+    for path in &homes {
+        cpu += walk::walk(path, options, &stopped, &mut |found| hand_over(found, true));
     }
     drop(finish);
     for taker in takers {

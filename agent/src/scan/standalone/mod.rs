@@ -53,6 +53,15 @@ pub(crate) struct Args {
     /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)
     #[arg(long)]
     all_local: bool,
+    /// Look at what runs, what starts by itself, and where things are dropped
+    ///
+    /// Running programs, autostart places, /tmp, /var/tmp, /dev/shm, and in home folders what is executable or was
+    /// changed within two weeks. PATHs are looked at besides.
+    #[arg(long)]
+    quick: bool,
+    /// Look at every local file system
+    #[arg(long, conflicts_with = "quick")]
+    full: bool,
     /// Look at the memory of running processes, too
     #[arg(long)]
     processes: bool,
@@ -148,6 +157,11 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     let mut order = Order::new(paths, patterns, args.limits.limits());
     order.threads = args.threads.map_or_else(all_cores, usize::from);
     order.all_local = args.all_local;
+    if args.full {
+        order.paths = vec![PathBytes::from(&b"/"[..])];
+        order.all_local = true;
+    }
+    order.quick = args.quick;
     order.memory = args.processes.then_some(memory::MOST_BYTES);
     if let Some(cache) = &args.cache {
         check_place(cache).map_err(|error| vec![format!("cannot keep `{}`: {error}", bytes(cache))])?;

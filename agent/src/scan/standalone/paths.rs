@@ -59,8 +59,10 @@ impl clap::FromArgMatches for PatternsAndPaths {
             .map(|group| group.cloned().collect())
             .collect::<Vec<Vec<PathBuf>>>();
         let paths = matches.get_many("path").into_iter().flatten().cloned().collect();
-        // Processes are something to scan, so every word may be a pattern.
-        if matches.try_get_one::<bool>("processes").ok().flatten().is_some_and(|processes| *processes) {
+        // These are something to scan, so every word may be a pattern.
+        let is_set =
+            |flag: &&str| matches.try_get_one::<bool>(flag).ok().flatten().is_some_and(|is_set| *is_set);
+        if ["processes", "quick", "full"].iter().any(is_set) {
             return Ok(Self { patterns: groups.into_iter().flatten().collect(), paths });
         }
         Self::sort_out(groups, paths)
