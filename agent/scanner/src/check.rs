@@ -44,7 +44,7 @@ pub fn check(program: &WorkerProgram, pattern: &Pattern) -> Result<Checked, Chec
     let answer = worker.answers.recv_timeout(COMPILE_TIME);
     worker.kill();
     match answer {
-        Ok(Answer::Ready { rules, warnings }) => {
+        Ok(Answer::Ready { rules, warnings, .. }) => {
             Ok(Checked { rules, warnings: warnings.into_iter().map(Into::into).collect() })
         }
         Ok(Answer::Refused { problems, .. }) => {

@@ -8,10 +8,13 @@
 //! the others are given to a new worker.
 
 mod archive;
+mod blame;
+mod calls;
 pub mod check;
 mod engine;
 pub mod item;
 pub mod pool;
 mod process;
+pub mod sandbox;
 mod wire;
 pub mod worker;

@@ -3,7 +3,8 @@
 //! One supervisor thread owns the worker. When an item takes too long the worker is killed and that item,
 //! which its slot names, is reported as `timeout`. When a worker dies by itself, the items that its threads
 //! had in hand are suspects: each is tried once more, alone, and the one that ends a second worker is
-//! reported as `worker-died`. Everything else is given to a new worker.
+//! reported as `worker-died`. Everything else is given to a new worker. When several items were set aside
+//! in this way it is found out whether one pattern is at fault; if so, the pool names it and ends.
 //!
 //! **Invariant:** every submitted item gets exactly one result, unless the pool is cancelled.
 
@@ -12,7 +13,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
@@ -23,12 +24,14 @@ use crossbeam_channel::{
     Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded, never, select_biased,
 };
 use tm_patterns::{Pattern, Problem};
-use tm_protocol::{report::SkipReason, task::ScanLimits};
+use tm_protocol::{report::SkipReason, task::ScanLimits, text::escape_for_display};
 
 use crate::{
+    blame,
     check::COMPILE_TIME,
     item::{Findings, Item, ItemResult, Skip},
     process::Worker,
+    sandbox::PartState,
     wire::{self, Answer, BATCH, Order, Setup},
 };
 
@@ -42,6 +45,9 @@ const WATCH: Duration = Duration::from_millis(WATCH_MS);
 const GRACE_MS: u64 = 1000;
 /// Workers that may die one after the other without a single item done before the rest is given up.
 const FRUITLESS: u32 = 3;
+
+/// Items that are set aside before a pattern is looked for that is at fault; twice as many each further time.
+const SET_ASIDE: u32 = 3;
 
 /// Workers that may wait for ever for file systems that do not answer, before the rest is given up.
 const UNENDING: u32 = 8;
@@ -97,6 +103,7 @@ pub enum StartError {
 pub struct ScanPool {
     items: Mutex<Option<Sender<Item>>>,
     shared: Arc<Shared>,
+    sandbox: Vec<PartState>,
 }
 
 #[derive(Debug, Default)]
@@ -106,6 +113,8 @@ struct Shared {
     past_cpu_ms: AtomicU64,
     /// CPU time of the worker at work, as last seen.
     cpu_ms: AtomicU64,
+    /// The name of the pattern that ended worker after worker.
+    lethal: OnceLock<String>,
 }
 
 impl ScanPool {
@@ -132,9 +141,9 @@ impl ScanPool {
         let names: Vec<String> = patterns.iter().map(|p| p.name().to_owned()).collect();
         let (program, seen) = (program.clone(), Arc::clone(&shared));
         // The worker asks the kernel to die with the thread that started it, so that thread stays.
-        let supervisor = move || match load(&program, &setup, &names) {
-            Ok(worker) => {
-                let _ = started.send(Ok(()));
+        let supervisor = move || match load_first(&program, &setup, &names) {
+            Ok((worker, sandbox)) => {
+                let _ = started.send(Ok(sandbox));
                 Supervisor::new(program, setup, names, queue, results, seen).run(worker);
             }
             Err(error) => {
@@ -142,8 +151,8 @@ impl ScanPool {
             }
         };
         thread::Builder::new().name("scan-pool".to_owned()).spawn(supervisor).map_err(StartError::Start)?;
-        first.recv().unwrap_or(Err(StartError::Load("could not be watched")))?;
-        Ok((Self { items: Mutex::new(Some(items)), shared }, receiver))
+        let sandbox = first.recv().unwrap_or(Err(StartError::Load("could not be watched")))?;
+        Ok((Self { items: Mutex::new(Some(items)), shared, sandbox }, receiver))
     }
 
     /// Hands over one item; blocks while 256 wait. The caller must be draining results meanwhile. After
@@ -169,6 +178,17 @@ impl ScanPool {
         self.finish();
     }
 
+    /// What is in force around the first worker, and what is missing.
+    pub fn sandbox(&self) -> &[PartState] {
+        &self.sandbox
+    }
+
+    /// The name of a pattern that ended worker after worker on different items. Once there is one, no worker is
+    /// started any more, and what was not looked at until then is reported as `worker-died`.
+    pub fn lethal_pattern(&self) -> Option<&str> {
+        self.shared.lethal.get().map(String::as_str)
+    }
+
     /// CPU time of all workers of this pool so far, user and system, in milliseconds.
     pub fn cpu_ms(&self) -> u64 {
         self.shared.past_cpu_ms.load(Ordering::Acquire) + self.shared.cpu_ms.load(Ordering::Acquire)
@@ -181,18 +201,45 @@ impl Drop for ScanPool {
     }
 }
 
+/// How a worker dies before it has said anything.
+const DIED: &str = "died";
+
+/// The first worker of a pool. If it dies of one pattern, that pattern is refused by its name.
+fn load_first(
+    program: &WorkerProgram,
+    setup: &Setup,
+    names: &[String],
+) -> Result<(Worker, Vec<PartState>), StartError> {
+    let error = match load(program, setup, names) {
+        Ok(loaded) => return Ok(loaded),
+        Err(error) => error,
+    };
+    if !matches!(error, StartError::Load(DIED)) {
+        return Err(error);
+    }
+    let name = blame::culprit(program, setup, None, &|| false).and_then(|index| names.get(index));
+    Err(name.map_or(error, |name| {
+        let message = "it ends the scan worker that loads it".to_owned();
+        StartError::Refused { name: name.clone(), problems: vec![Problem { line: 0, column: 0, message }] }
+    }))
+}
+
 /// Starts a worker and waits until it has compiled its patterns.
-fn load(program: &WorkerProgram, setup: &Setup, names: &[String]) -> Result<Worker, StartError> {
+fn load(
+    program: &WorkerProgram,
+    setup: &Setup,
+    names: &[String],
+) -> Result<(Worker, Vec<PartState>), StartError> {
     let worker = Worker::start(program, setup).map_err(StartError::Start)?;
     let error = match worker.answers.recv_timeout(COMPILE_TIME) {
-        Ok(Answer::Ready { .. }) => return Ok(worker),
+        Ok(Answer::Ready { sandbox, .. }) => return Ok((worker, sandbox)),
         Ok(Answer::Refused { pattern, problems }) => StartError::Refused {
             name: names.get(pattern).cloned().unwrap_or_default(),
             problems: problems.into_iter().map(Into::into).collect(),
         },
         Ok(Answer::Done { .. }) => StartError::Load("misbehaved"),
         Err(RecvTimeoutError::Timeout) => StartError::Load("took too long"),
-        Err(RecvTimeoutError::Disconnected) => StartError::Load("died"),
+        Err(RecvTimeoutError::Disconnected) => StartError::Load(DIED),
     };
     worker.kill();
     Err(error)
@@ -219,6 +266,10 @@ struct Supervisor {
     fruitless: u32,
     /// Workers that could not be ended.
     unending: u32,
+    /// Items that ended two workers each.
+    set_aside: u32,
+    /// How many of them it takes to look for a pattern that is at fault.
+    blame_at: u32,
 }
 
 /// What to do with the worker after a turn.
@@ -253,6 +304,8 @@ impl Supervisor {
             watched_ms: 0,
             fruitless: 0,
             unending: 0,
+            set_aside: 0,
+            blame_at: SET_ASIDE,
         }
     }
 
@@ -438,6 +491,8 @@ impl Supervisor {
                 if timed_out {
                     // A file system that does not answer may make even closing wait.
                     let _ = thread::Builder::new().name("scan-close".to_owned()).spawn(move || drop(file));
+                } else {
+                    self.set_aside(&file);
                 }
                 self.lose(*id, reason);
             }
@@ -453,12 +508,29 @@ impl Supervisor {
         self.solo = None;
     }
 
+    /// An item has ended its second worker. That is an end of its own: however many such items there are, the
+    /// others are still looked at, unless it is a pattern that makes them so.
+    fn set_aside(&mut self, file: &OwnedFd) {
+        self.fruitless = 0;
+        self.set_aside += 1;
+        if self.set_aside < self.blame_at {
+            return;
+        }
+        self.blame_at = self.blame_at.saturating_mul(2);
+        let cancelled = || self.shared.cancelled.load(Ordering::Acquire);
+        let index = blame::culprit(&self.program, &self.setup, Some(file), &cancelled);
+        if let Some(name) = index.and_then(|index| self.names.get(index)) {
+            tracing::error!(pattern = %escape_for_display(name), "A pattern ends one scan worker after the other.");
+            let _ = self.shared.lethal.set(name.clone());
+        }
+    }
+
     fn replacement(&mut self) -> Option<Worker> {
-        let is_bounded = self.unending < UNENDING;
+        let is_bounded = self.unending < UNENDING && self.shared.lethal.get().is_none();
         while is_bounded && self.fruitless < FRUITLESS && !self.shared.cancelled.load(Ordering::Acquire) {
             self.fruitless += 1;
             match load(&self.program, &self.setup, &self.names) {
-                Ok(worker) => return Some(worker),
+                Ok((worker, _)) => return Some(worker),
                 Err(error) => tracing::warn!(error = %error, "Cannot replace a scan worker."),
             }
         }

@@ -22,6 +22,7 @@ use rustix::{
 
 use crate::{
     pool::WorkerProgram,
+    sandbox::Frame,
     wire::{self, Answer, BATCH, Order, Setup, Slots},
 };
 
@@ -70,7 +71,8 @@ impl Worker {
             }
         })?;
         let worker = Self { child, socket: Some(ours), answers, slots: Slots(slots), threads: setup.threads };
-        worker.send(&Order::Setup, &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
+        let frame = Frame::new(setup.threads, setup.nice, &setup.limits);
+        worker.send(&Order::Setup(frame), &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
         Ok(worker)
     }
 

@@ -16,7 +16,10 @@ use std::{
 use bincode::{Decode, Encode, config};
 use tm_protocol::{ids::Sha256, task::ScanLimits};
 
-use crate::item::Findings;
+use crate::{
+    item::Findings,
+    sandbox::{Frame, PartState},
+};
 
 /// Open files in one message.
 pub(crate) const BATCH: usize = 64;
@@ -24,7 +27,7 @@ pub(crate) const BATCH: usize = 64;
 const MAX_ANSWER: usize = 16 << 20;
 
 /// The content of the set-up file.
-#[derive(Debug, Encode, Decode)]
+#[derive(Debug, Clone, Encode, Decode)]
 pub(crate) struct Setup {
     pub(crate) patterns: Vec<(Sha256, String)>,
     pub(crate) limits: ScanLimits,
@@ -35,8 +38,9 @@ pub(crate) struct Setup {
 /// A message to the worker.
 #[derive(Debug, Encode, Decode)]
 pub(crate) enum Order {
-    /// The first: set-up file and slots file are beside it.
-    Setup,
+    /// The first: set-up file and slots file are beside it. The frame is here and not in that file because
+    /// it holds before the file, with the patterns, is read.
+    Setup(Frame),
     /// Items, whose files are beside it in the same order.
     Items(Vec<u64>),
 }
@@ -45,7 +49,7 @@ pub(crate) enum Order {
 #[derive(Debug, Encode, Decode)]
 pub(crate) enum Answer {
     /// The patterns are compiled.
-    Ready { rules: u32, warnings: Vec<Place> },
+    Ready { rules: u32, warnings: Vec<Place>, sandbox: Vec<PartState> },
     /// One of them is wrong.
     Refused { pattern: usize, problems: Vec<Place> },
     /// An item is done.

@@ -1,7 +1,8 @@
 //! The worker process: compiles patterns, reads files it is handed, answers.
 //!
 //! **Invariant:** it is given open files and never a path; it opens nothing and talks to nobody but the
-//! process that started it, and ends when that does.
+//! process that started it, and ends when that does. [`crate::sandbox`] is in force, as far as this machine
+//! has it, before any pattern or file is read.
 
 use std::{
     fs::File,
@@ -12,27 +13,23 @@ use std::{
         unix::fs::{FileExt as _, MetadataExt as _},
     },
     process::ExitCode,
-    sync::Mutex,
+    sync::{Barrier, Mutex, OnceLock},
 };
 
-use rustix::{
-    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
-    process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit},
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tm_protocol::{ids::Sha256, report::SkipReason, task::ScanLimits};
 
 use crate::{
     archive,
     engine::Engine,
     item::{Findings, Skip},
+    sandbox::{PartState, Sandbox},
     wire::{self, Answer, BATCH, Order, Setup, Slots},
 };
 
 /// Files up to this size are read into a buffer, larger ones mapped (measured: mapping costs twice the CPU
 /// on small files and a third on large ones).
 const READ_LIMIT: u64 = 1 << 20;
-/// Address space of a worker: two of the largest files mapped, their members, and the rules.
-const ADDRESS_SPACE: u64 = 8 << 30;
 
 /// Runs the worker on the socket that stands at standard input. Ends when the parent does.
 pub fn main() -> ExitCode {
@@ -51,61 +48,85 @@ pub fn main() -> ExitCode {
 }
 
 fn run() -> io::Result<()> {
-    give_up_rights()?;
+    let mut sandbox = Sandbox::begin()?;
     let socket = io::stdin();
-    let Some((Order::Setup, files)) = receive(&socket)? else { return Ok(()) };
+    let Some((Order::Setup(frame), files)) = receive(&socket)? else { return Ok(()) };
     let [setup, slots] =
         <[OwnedFd; 2]>::try_from(files).map_err(|_| io::Error::other("a set-up without its files"))?;
-    let slots = Slots(File::from(slots));
-    let setup = {
-        let file = File::from(setup);
-        let mut bytes = vec![0; usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?];
-        file.read_exact_at(&mut bytes, 0)?;
-        wire::decode::<Setup>(&bytes)?
-    };
-    if setup.nice > 0 {
-        rustix::process::nice(setup.nice)?;
+    if frame.nice > 0 {
+        rustix::process::nice(frame.nice)?;
     }
+    sandbox.confine(&frame);
+    let (setup, slots) = (File::from(setup), Slots(File::from(slots)));
+    let setup_bytes = setup.metadata()?.len();
     let out = Mutex::new(io::stdout());
-    let engine = match Engine::compile(&setup.patterns) {
-        Ok((engine, rules, warnings)) => {
-            let warnings = warnings.into_iter().map(Into::into).collect();
-            send(&out, &Answer::Ready { rules, warnings })?;
-            engine
-        }
-        Err(refused) => {
-            let problems = refused.problems.into_iter().map(Into::into).collect();
-            return send(&out, &Answer::Refused { pattern: refused.pattern, problems });
-        }
-    };
-    drop(setup.patterns);
+    // Threads come before the last step of the sandbox, which allows no new ones, and wait for the engine.
+    let begun = Barrier::new(frame.threads + 1);
+    let job = OnceLock::new();
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..setup.threads.max(1))
+        let threads = (0..frame.threads)
             .map(|thread| {
-                let (socket, out, slots, engine, limits) =
-                    (&socket, &out, &slots, engine.clone(), &setup.limits);
-                scope.spawn(move || {
-                    serve(thread, socket, out, slots, engine, limits).inspect_err(|error| {
+                let (socket, out, slots, begun, job) = (&socket, &out, &slots, &begun, &job);
+                std::thread::Builder::new().spawn_scoped(scope, move || {
+                    begun.wait();
+                    let Some(Job { engine, limits }) = job.wait() else { return Ok(()) };
+                    serve(thread, socket, out, slots, engine.clone(), limits).inspect_err(|error| {
                         // The rest of its batch has nobody else: the pool must see an end, not a gap.
                         let _ = writeln!(io::stderr(), "scan worker: {error}");
                         std::process::exit(1);
                     })
                 })
             })
-            .collect();
+            .collect::<io::Result<Vec<_>>>();
+        let threads = threads.unwrap_or_else(|error| {
+            // Those that did start wait for more than will come.
+            let _ = writeln!(io::stderr(), "scan worker: cannot start threads: {error}");
+            std::process::exit(1);
+        });
+        begun.wait();
+        let parts = sandbox.seal();
+        let prepared = prepare(&setup, setup_bytes, parts, &out);
+        drop(setup);
+        let (job_now, done) = match prepared {
+            Ok(job) => (job, Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        // It is set once, here.
+        let _ = job.set(job_now);
+        done?;
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| std::process::abort()))
     })
 }
 
-/// What can be given up without privileges: new ones, core dumps, memory without end, and outliving the parent.
-fn give_up_rights() -> io::Result<()> {
-    set_parent_process_death_signal(Some(Signal::KILL))?;
-    rustix::thread::set_no_new_privs(true)?;
-    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
-    let maximum = getrlimit(Resource::As).maximum;
-    let ceiling = maximum.map_or(ADDRESS_SPACE, |m| m.min(ADDRESS_SPACE));
-    setrlimit(Resource::As, Rlimit { current: Some(ceiling), maximum: Some(ceiling) })?;
-    Ok(())
+/// What every thread works with.
+struct Job {
+    engine: Engine,
+    limits: ScanLimits,
+}
+
+/// Reads and compiles the patterns and tells the parent; nothing if they are refused.
+fn prepare(
+    setup: &File,
+    length: u64,
+    sandbox: Vec<PartState>,
+    out: &Mutex<io::Stdout>,
+) -> io::Result<Option<Job>> {
+    let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+    setup.read_exact_at(&mut bytes, 0)?;
+    let setup = wire::decode::<Setup>(&bytes)?;
+    drop(bytes);
+    match Engine::compile(&setup.patterns) {
+        Ok((engine, rules, warnings)) => {
+            let warnings = warnings.into_iter().map(Into::into).collect();
+            send(out, &Answer::Ready { rules, warnings, sandbox })?;
+            Ok(Some(Job { engine, limits: setup.limits }))
+        }
+        Err(refused) => {
+            let problems = refused.problems.into_iter().map(Into::into).collect();
+            send(out, &Answer::Refused { pattern: refused.pattern, problems })?;
+            Ok(None)
+        }
+    }
 }
 
 fn serve(
