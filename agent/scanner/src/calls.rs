@@ -73,8 +73,11 @@ pub(crate) fn restrict() -> Result<String, String> {
     Ok(format!("{} system calls", PLAIN.len() + CONDITIONAL))
 }
 
+/// Linux 6.4, `linux/prctl.h`.
+const PR_GET_AUXV: u32 = 0x4155_5856;
+
 /// Calls that are allowed with certain arguments only.
-const CONDITIONAL: usize = 7;
+const CONDITIONAL: usize = 8;
 
 fn strict() -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: Rules = PLAIN.iter().map(|call| (*call, Vec::new())).collect();
@@ -87,6 +90,8 @@ fn strict() -> Result<BpfProgram, seccompiler::BackendError> {
     rules.insert(libc::SYS_newfstatat, vec![rule(vec![bits(3, libc::AT_EMPTY_PATH, libc::AT_EMPTY_PATH)?])?]);
     let fcntl = FCNTL.iter().map(|command| rule(vec![equal(1, (*command).cast_unsigned())?]));
     rules.insert(libc::SYS_fcntl, fcntl.collect::<Result<_, _>>()?);
+    // A program may ask what the kernel told it at its start; rustix does before it first asks for the time.
+    rules.insert(libc::SYS_prctl, vec![rule(vec![equal(0, PR_GET_AUXV)?])?]);
     // An abort is a signal to oneself.
     rules.insert(libc::SYS_tgkill, vec![rule(vec![equal(0, std::process::id())?])?]);
     // What `quiet` answers must not end the process.
