@@ -309,14 +309,14 @@ fn files_that_end_workers_do_not_keep_the_others_from_being_looked_at() {
 
 /// A rule that holds much more memory than its text: thousands of strings, each found a thousand times.
 fn greedy() -> String {
-    let strings: String = (0..6000).map(|n| format!("$s{n} = \"greed\"\n")).collect();
-    let counts = (0..6000).step_by(100).map(|n| format!("#s{n} > 0")).collect::<Vec<_>>().join(" or ");
+    let strings: String = (0..2000).map(|n| format!("$s{n} = \"greed\"\n")).collect();
+    let counts = (0..2000).step_by(100).map(|n| format!("#s{n} > 0")).collect::<Vec<_>>().join(" or ");
     format!("rule greedy {{ strings: {strings} condition: ({counts}) and all of them and #s1 == 1 }}")
 }
 
 #[test]
 fn a_pattern_that_ends_workers_on_one_file_after_another_is_named_and_ends_the_scan() {
-    let hungry = || (0..40).map(|_| file(&b"greed".repeat(1100)));
+    let hungry = || (0..6).map(|_| file(&b"greed".repeat(1100)));
     let files = || [file(b"a needle-47")].into_iter().chain(hungry()).collect::<Vec<_>>();
     let patterns = [
         pattern("m", MARKER),
@@ -327,8 +327,8 @@ fn a_pattern_that_ends_workers_on_one_file_after_another_is_named_and_ends_the_s
     let (control, pool) = scan(&program("greed"), &patterns, limits, files());
     assert!(control[1..].iter().all(is_clean), "{:?}", control[1]);
     assert_eq!(pool.lethal_pattern(), None);
-    let (results, pool) = scan(&small("greed-small", 80), &patterns, limits, files());
-    assert_eq!(results.len(), 41, "every item has a result");
+    let (results, pool) = scan(&small("greed-small", 32), &patterns, limits, files());
+    assert_eq!(results.len(), 7, "every item has a result");
     assert!(results[1..].iter().all(has_died), "{results:?}");
     assert_eq!(pool.lethal_pattern(), Some("greedy\n.yar"));
 }
@@ -340,6 +340,6 @@ fn a_pattern_that_ends_the_worker_that_loads_it_is_refused_by_name() {
     let patterns = [pattern("m", MARKER), pattern("large", &large)];
     let limits = ScanLimits::default();
     ScanPool::start(&program("large"), &patterns, options(limits)).unwrap();
-    let error = ScanPool::start(&small("large-small", 40), &patterns, options(limits)).unwrap_err();
+    let error = ScanPool::start(&small("large-small", 16), &patterns, options(limits)).unwrap_err();
     assert!(matches!(&error, StartError::Refused { name, .. } if name == "large"), "{error:?}");
 }

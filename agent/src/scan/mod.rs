@@ -13,7 +13,10 @@ mod walk;
 
 use std::{
     num::NonZeroUsize,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,10 +24,12 @@ use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
     report::{Coverage, Detection, Failure, PathBytes, Skipped},
     task::ScanLimits,
+    text::escape_for_display,
 };
 use tm_scanner::{
     item::{Item, ItemResult},
     pool::{PoolOptions, ScanPool, StartError, WorkerProgram},
+    sandbox::PartState,
 };
 
 use crate::{
@@ -54,12 +59,22 @@ pub(crate) struct Order {
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
     pub(crate) nice: i32,
+    /// Told once what is in force around the worker.
+    pub(crate) sandboxed: fn(&[PartState]),
 }
 
 impl Order {
     /// A scan on all cores that yields to whatever else the endpoint does and stays on the paths' file systems.
     pub(crate) fn new(paths: Vec<PathBytes>, patterns: Vec<Pattern>, limits: ScanLimits) -> Self {
-        Self { paths, patterns, limits, all_local: false, threads: all_cores(), nice: 10 }
+        Self {
+            paths,
+            patterns,
+            limits,
+            all_local: false,
+            threads: all_cores(),
+            nice: 10,
+            sandboxed: warn_once,
+        }
     }
 }
 
@@ -137,6 +152,9 @@ enum Error {
     /// No worker holds the patterns.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// A pattern ended worker after worker.
+    #[error("pattern `{0}` ends the scan worker on one file after another")]
+    Lethal(String),
     /// The results ended before the files did.
     #[error("the scan workers keep failing")]
     Pool,
@@ -146,7 +164,7 @@ impl Error {
     fn into_failure(self) -> Failure {
         let code = match &self {
             Self::Path(_) => "path-refused",
-            Self::Start(StartError::Refused { .. }) => "pattern-refused",
+            Self::Start(StartError::Refused { .. }) | Self::Lethal(_) => "pattern-refused",
             Self::Start(StartError::Load(_) | StartError::Start(_)) | Self::Pool => "worker-failed",
         };
         let message = match &self {
@@ -154,9 +172,10 @@ impl Error {
                 Some(first) => format!("{self}: {}", problem_line(first)),
                 None => chain(&self),
             },
-            Self::Path(_) | Self::Start(StartError::Load(_) | StartError::Start(_)) | Self::Pool => {
-                chain(&self)
-            }
+            Self::Path(_)
+            | Self::Start(StartError::Load(_) | StartError::Start(_))
+            | Self::Lethal(_)
+            | Self::Pool => chain(&self),
         };
         Failure::new(code, message)
     }
@@ -198,6 +217,7 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
     let (pool, results) = ScanPool::start(&WorkerProgram::this(), &order.patterns, options)?;
     let _guard = CancelOnPanic(&pool);
 
+    (order.sandboxed)(pool.sandbox());
     let ledger = Ledger::new(order.limits, observe);
     let given_up = AtomicBool::new(false);
     let walked = AtomicBool::new(false);
@@ -250,6 +270,9 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
     });
 
     let is_cancelled = cancel.load(Ordering::Relaxed);
+    if let Some(name) = pool.lethal_pattern().filter(|_| !is_cancelled) {
+        return Err(Error::Lethal(name.to_owned()));
+    }
     if given_up.load(Ordering::Relaxed) && !is_cancelled {
         return Err(Error::Pool);
     }
@@ -258,6 +281,26 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
     coverage.elapsed_ms = millis(started.elapsed());
     coverage.cpu_ms = millis(own_cpu).saturating_add(pool.cpu_ms());
     Ok(coverage)
+}
+
+/// What is missing of the workers' sandbox, in one line; nothing if all is in force.
+pub(crate) fn missing_line(parts: &[PartState]) -> Option<String> {
+    let missing: Vec<_> = parts
+        .iter()
+        .filter_map(|state| Some(format!("{}: {}", state.part.name(), state.missing()?)))
+        .collect();
+    (!missing.is_empty()).then(|| missing.join("; "))
+}
+
+/// Says in the log what is missing, when it is another thing than the last time.
+fn warn_once(parts: &[PartState]) {
+    static SAID: Mutex<Option<String>> = Mutex::new(None);
+    let missing = missing_line(parts);
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(line) = missing.as_ref().filter(|_| *said != missing) {
+        tracing::warn!(missing = %escape_for_display(line), "The scan worker runs with a part of its sandbox only.");
+    }
+    *said = missing;
 }
 
 /// Ends the pool's input however the walk ends, so that the results end too.
@@ -303,6 +346,11 @@ mod tests {
             (refused(vec![problem(3, 0)]), "pattern-refused", "pattern `p` does not compile: 3: bad"),
             (refused(vec![]), "pattern-refused", "pattern `p` does not compile"),
             (Error::Pool, "worker-failed", "the scan workers keep failing"),
+            (
+                Error::Lethal("p".to_owned()),
+                "pattern-refused",
+                "pattern `p` ends the scan worker on one file after another",
+            ),
             (
                 Error::Start(StartError::Start(std::io::ErrorKind::NotFound.into())),
                 "worker-failed",
