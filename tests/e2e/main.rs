@@ -8,6 +8,7 @@ mod hostile;
 mod link;
 mod names;
 mod roles;
+mod sandbox;
 mod scan;
 mod session;
 mod skeleton;
