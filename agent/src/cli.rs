@@ -13,7 +13,7 @@ use tm_protocol::{text::escape_for_display, token::EnrollmentToken};
 
 use crate::{
     daemon::{self, Status},
-    enroll,
+    doctor, enroll,
     paths::Paths,
     scan::standalone,
     vault,
@@ -81,6 +81,17 @@ enum Command {
     /// Keep removed files, and put them back
     #[command(subcommand)]
     Vault(vault::standalone::Command),
+    /// Try what this machine offers, and say what is missing
+    #[command(long_about = "Try what this machine offers, and say what is missing.\n\n\
+            Starts a scan worker, as this user, and prints every part of its sandbox. As root it shows what \
+            the running agent has.\n\n\
+            Exit code: 0 nothing is missing, 1 something is.\n\n\
+            Example:\n  tm-agent doctor -o json")]
+    Doctor {
+        /// How to print it
+        #[arg(short, long, value_enum, default_value_t = doctor::Format::Text)]
+        output: doctor::Format,
+    },
     #[command(hide = true)]
     ScanWorker,
     /// Print a completion script for a shell
@@ -129,6 +140,7 @@ pub(crate) fn run() -> ExitCode {
             Ok(code) => code,
             Err(error) => finish(Err(error)),
         },
+        Command::Doctor { output } => doctor::run(output),
         Command::ScanWorker => tm_scanner::worker::main(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tm-agent", &mut io::stdout());

@@ -5,6 +5,7 @@ mod cli;
 mod config;
 mod connection;
 mod daemon;
+mod doctor;
 mod enroll;
 mod paths;
 mod platform;

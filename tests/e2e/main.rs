@@ -11,6 +11,7 @@ mod memory;
 mod names;
 mod quick;
 mod roles;
+mod sandbox;
 mod scan;
 mod session;
 mod skeleton;

@@ -29,7 +29,10 @@ use rustix::{
 };
 use tm_protocol::task::ScanLimits;
 
-use crate::{calls, wire::BATCH};
+use crate::{
+    calls,
+    wire::{self, BATCH},
+};
 
 /// The account that a worker of root becomes, if this machine has it.
 const ACCOUNT: &str = "tm-scan";
@@ -223,6 +226,8 @@ impl Sandbox {
 
     /// Closes the system calls for all threads, which exist and have begun, and returns how every part stands.
     pub fn seal(mut self) -> Vec<PartState> {
+        // What looks up the kernel's own page once (by `prctl`, or by a file) does so while it may.
+        let _ = wire::monotonic_ms();
         // Where the system calls cannot be filtered this keeps new processes away all the same.
         let _ = lower(Resource::Nproc, 0);
         self.tell(Part::Calls, calls::restrict());

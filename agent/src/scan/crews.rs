@@ -16,6 +16,7 @@ use tm_patterns::Pattern;
 use tm_scanner::{
     item::{Item, ItemResult},
     pool::{PoolOptions, ScanPool, StartError, WorkerProgram},
+    sandbox::PartState,
 };
 
 use super::thread_cpu;
@@ -114,6 +115,16 @@ impl<'a> Crews<'a> {
     /// What could not be started, if it was given up; `None` inside: a worker failed on its way.
     pub(super) fn failure(&self) -> Option<Option<StartError>> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// What is in force of the workers' sandbox; they all have the same.
+    pub(super) fn sandbox(&self) -> &[PartState] {
+        self.running().next().map(ScanPool::sandbox).unwrap_or_default()
+    }
+
+    /// The name of a pattern that ended worker after worker.
+    pub(super) fn lethal_pattern(&self) -> Option<String> {
+        self.running().find_map(ScanPool::lethal_pattern).map(str::to_owned)
     }
 
     /// CPU time of the workers so far, in milliseconds.

@@ -33,10 +33,12 @@ use tm_protocol::{
     ids::Sha256,
     report::{Coverage, Detection, Failure, PathBytes, SkipReason, Skipped},
     task::ScanLimits,
+    text::escape_for_display,
 };
 use tm_scanner::{
     item::{Item, ItemResult},
     pool::{PoolOptions, StartError},
+    sandbox::PartState,
 };
 
 use crate::{
@@ -80,6 +82,8 @@ pub(crate) struct Order {
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
     pub(crate) nice: i32,
+    /// Told once what is in force around the worker.
+    pub(crate) sandboxed: fn(&[PartState]),
 }
 
 impl Order {
@@ -95,6 +99,7 @@ impl Order {
             memory: None,
             threads: all_cores(),
             nice: 10,
+            sandboxed: warn_once,
         }
     }
 }
@@ -173,6 +178,9 @@ enum Error {
     /// No worker holds the patterns.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// A pattern ended worker after worker.
+    #[error("pattern `{0}` ends the scan worker on one file after another")]
+    Lethal(String),
     /// The results ended before the files did.
     #[error("the scan workers keep failing")]
     Pool,
@@ -182,7 +190,7 @@ impl Error {
     fn into_failure(self) -> Failure {
         let code = match &self {
             Self::Path(_) => "path-refused",
-            Self::Start(StartError::Refused { .. }) => "pattern-refused",
+            Self::Start(StartError::Refused { .. }) | Self::Lethal(_) => "pattern-refused",
             Self::Start(StartError::Load(_) | StartError::Start(_)) | Self::Pool => "worker-failed",
         };
         let message = match &self {
@@ -190,9 +198,10 @@ impl Error {
                 Some(first) => format!("{self}: {}", problem_line(first)),
                 None => chain(&self),
             },
-            Self::Path(_) | Self::Start(StartError::Load(_) | StartError::Start(_)) | Self::Pool => {
-                chain(&self)
-            }
+            Self::Path(_)
+            | Self::Start(StartError::Load(_) | StartError::Start(_))
+            | Self::Lethal(_)
+            | Self::Pool => chain(&self),
         };
         Failure::new(code, message)
     }
@@ -261,6 +270,9 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
     });
 
     let is_cancelled = cancel.load(Ordering::Relaxed);
+    if let Some(name) = crews.lethal_pattern().filter(|_| !is_cancelled) {
+        return Err(Error::Lethal(name));
+    }
     match crews.failure() {
         Some(Some(error)) => return Err(Error::Start(error)),
         Some(None) if !is_cancelled => return Err(Error::Pool),
@@ -278,6 +290,26 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
     coverage.elapsed_ms = millis(started.elapsed());
     coverage.cpu_ms = millis(own_cpu).saturating_add(crews.cpu_ms());
     Ok(coverage)
+}
+
+/// What is missing of the workers' sandbox, in one line; nothing if all is in force.
+pub(crate) fn missing_line(parts: &[PartState]) -> Option<String> {
+    let missing: Vec<_> = parts
+        .iter()
+        .filter_map(|state| Some(format!("{}: {}", state.part.name(), state.missing()?)))
+        .collect();
+    (!missing.is_empty()).then(|| missing.join("; "))
+}
+
+/// Says in the log what is missing, when it is another thing than the last time.
+fn warn_once(parts: &[PartState]) {
+    static SAID: Mutex<Option<String>> = Mutex::new(None);
+    let missing = missing_line(parts);
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(line) = missing.as_ref().filter(|_| *said != missing) {
+        tracing::warn!(missing = %escape_for_display(line), "The scan worker runs with a part of its sandbox only.");
+    }
+    *said = missing;
 }
 
 /// Walks, hands over, and waits for the last result. Returns the CPU time of all that.
@@ -304,7 +336,11 @@ fn walk_and_take<'scope, 'env, 'books>(
             }
         };
         match crews.start(with, scope, take) {
-            Ok(taker) => takers.extend(taker),
+            Ok(Some(taker)) => {
+                takers.push(taker);
+                (order.sandboxed)(crews.sandbox());
+            }
+            Ok(None) => {}
             Err(error) => crews.give_up(Some(error)),
         }
     };
@@ -392,6 +428,11 @@ mod tests {
             (refused(vec![problem(3, 0)]), "pattern-refused", "pattern `p` does not compile: 3: bad"),
             (refused(vec![]), "pattern-refused", "pattern `p` does not compile"),
             (Error::Pool, "worker-failed", "the scan workers keep failing"),
+            (
+                Error::Lethal("p".to_owned()),
+                "pattern-refused",
+                "pattern `p` ends the scan worker on one file after another",
+            ),
             (
                 Error::Start(StartError::Start(std::io::ErrorKind::NotFound.into())),
                 "worker-failed",

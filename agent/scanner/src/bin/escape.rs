@@ -32,7 +32,7 @@ fn restrict(how: &str) -> io::Result<()> {
         return Ok(());
     }
     let mut sandbox = Sandbox::begin()?;
-    let frame = Frame { data_bytes: 256 << 20, ..Frame::new(1, 0, &ScanLimits::default()) };
+    let frame = Frame { data_bytes: 96 << 20, ..Frame::new(1, 0, &ScanLimits::default()) };
     sandbox.confine(&frame);
     if how == "sealed" {
         sandbox.seal();
@@ -86,14 +86,14 @@ fn attempt(what: &str) -> io::Result<()> {
         .map_err(Into::into),
         "memory" => {
             let mut bytes = Vec::new();
-            bytes.try_reserve_exact(512 << 20).map_err(io::Error::other)?;
-            bytes.resize(512 << 20, 1);
+            bytes.try_reserve_exact(160 << 20).map_err(io::Error::other)?;
+            bytes.resize(160 << 20, 1);
             (bytes.last() == Some(&1)).then_some(()).ok_or_else(|| io::ErrorKind::Other.into())
         }
         // What scanning needs goes on: large and small memory back and forth, scratch, mapping, time, chance.
         "work" => {
-            for size in [1 << 10, 60 << 10, 1 << 20, 100 << 20] {
-                let blocks = (0..(200usize << 20) / (2 * size).max(64 << 10)).map(|_| vec![1_u8; size]);
+            for size in [1 << 10, 60 << 10, 1 << 20, 20 << 20] {
+                let blocks = (0..(48usize << 20) / (2 * size).max(64 << 10)).map(|_| vec![1_u8; size]);
                 drop(blocks.collect::<Vec<_>>());
             }
             let scratch = memory(4 << 20)?;

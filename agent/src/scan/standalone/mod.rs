@@ -31,7 +31,9 @@ use self::{
     report::{Format, Report},
     units::{parse_duration_ms, parse_size},
 };
-use crate::scan::{Error, Order, all_cores, chain, memory, problem_line, run_with, seen::check_place};
+use crate::scan::{
+    Error, Order, all_cores, chain, memory, missing_line, problem_line, run_with, seen::check_place,
+};
 
 /// Incomplete, or an error stood in the way.
 const EXIT_INCOMPLETE: u8 = 2;
@@ -169,6 +171,11 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     }
     // Somebody sits and waits for it.
     order.nice = 0;
+    order.sandboxed = |parts| {
+        if let Some(line) = missing_line(parts) {
+            complain_as("warning", &format!("the scan worker runs with a part of its sandbox only: {line}"));
+        }
+    };
 
     let cancel = AtomicBool::new(false);
     let progress = io::stderr().is_terminal().then(io::stderr);
@@ -178,7 +185,7 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
             Error::Start(StartError::Refused { name, problems }) if !problems.is_empty() => {
                 problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect()
             }
-            Error::Start(_) | Error::Path(_) | Error::Pool => vec![chain(&error)],
+            Error::Start(_) | Error::Path(_) | Error::Lethal(_) | Error::Pool => vec![chain(&error)],
         });
     match coverage {
         Ok(coverage) => {
@@ -268,11 +275,15 @@ fn bytes(path: &Path) -> PathBytes {
     PathBytes::from(path.as_os_str().as_bytes())
 }
 
-/// One line to standard error, harmless whatever is in it.
 fn complain(message: &str) {
+    complain_as("error", message);
+}
+
+/// One line to standard error, harmless whatever is in it.
+fn complain_as(level: &str, message: &str) {
     let message = tm_protocol::text::escape_for_display(message);
     // Nobody is left to tell if standard error is closed.
-    let _ = writeln!(io::stderr(), "error: {message}");
+    let _ = writeln!(io::stderr(), "{level}: {message}");
 }
 
 #[cfg(test)]
