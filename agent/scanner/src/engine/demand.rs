@@ -7,8 +7,8 @@ use std::collections::HashMap;
 
 use boreal_parser::{
     expression::{
-        Expression, ExpressionKind as Kind, ForIterator, ForSelection, Identifier, IdentifierOperationType as Op,
-        ReadIntegerType, SetElement, VariableSet,
+        Expression, ExpressionKind as Kind, ForIterator, ForSelection, Identifier,
+        IdentifierOperationType as Op, ReadIntegerType, SetElement, VariableSet,
     },
     rule::{Rule, VariableDeclaration, VariableDeclarationValue},
 };
@@ -50,7 +50,7 @@ impl Demand {
     pub(super) fn worth(&self) -> i32 {
         match &self.needles {
             None => -1,
-            Some(needles) => needles.iter().map(Literal::rarity).min().unwrap_or(i32::MAX),
+            Some(needles) => needles.iter().map(|literal| literal.rarity).min().unwrap_or(i32::MAX),
         }
     }
 
@@ -110,11 +110,11 @@ fn n_of(mut demands: Vec<Demand>, n: usize) -> Demand {
 }
 
 /// Works out the demands of the rules of one namespace, in their order.
-pub(super) struct Reader<'a> {
+struct Reader<'a> {
     /// Demands of the rules before, by name.
-    pub(super) known: &'a HashMap<String, Demand>,
+    known: &'a HashMap<String, Demand>,
     /// Names of modules that are imported anywhere in the namespace.
-    pub(super) modules: &'a [String],
+    modules: &'a [String],
     strings: &'a [VariableDeclaration],
     of_strings: Vec<Demand>,
     bound: Vec<String>,
@@ -122,7 +122,8 @@ pub(super) struct Reader<'a> {
 
 /// The demand of `rule`.
 pub(super) fn of_rule(rule: &Rule, known: &HashMap<String, Demand>, modules: &[String]) -> Demand {
-    let of_strings = rule.variables.iter().map(|string| Demand::needles(needles::of_string(string))).collect();
+    let of_strings =
+        rule.variables.iter().map(|string| Demand::needles(needles::of_string(string))).collect();
     let mut reader = Reader { known, modules, strings: &rule.variables, of_strings, bound: Vec::new() };
     reader.holds(&rule.condition, None)
 }
@@ -168,9 +169,9 @@ impl Reader<'_> {
                 self.defined(whole, current).and(self.defined(part, current))
             }
             Kind::Matches(whole, _) => self.defined(whole, current),
-            Kind::For { selection, set, body } => self.for_strings(selection, set, body.as_deref(), current),
+            Kind::For { selection, set, body } => self.for_strings(selection, set, body.as_deref()),
             Kind::ForIn { selection, set, .. } | Kind::ForAt { selection, set, .. } => {
-                self.for_strings(selection, set, None, current)
+                self.for_strings(selection, set, None)
             }
             Kind::ForIdentifiers { selection, identifiers, iterator, body, .. } => {
                 let once = match selection {
@@ -311,7 +312,6 @@ impl Reader<'_> {
         selection: &ForSelection,
         set: &VariableSet,
         body: Option<&Expression>,
-        _current: Option<usize>,
     ) -> Demand {
         let members: Vec<usize> = (0..self.strings.len())
             .filter(|i| {
@@ -422,7 +422,11 @@ impl Reader<'_> {
         };
         let calls = identifier.operations.iter().any(|operation| matches!(operation.op, Op::FunctionCall(_)));
         let constant = !field.chars().any(|c| c.is_ascii_lowercase());
-        if calls || constant || matches!(field.as_str(), "is_pe" | "is_dotnet") || !self.is_module(&identifier.name) {
+        if calls
+            || constant
+            || matches!(field.as_str(), "is_pe" | "is_dotnet")
+            || !self.is_module(&identifier.name)
+        {
             return Demand::NOTHING;
         }
         Demand::starts(vec![start.to_vec()])

@@ -97,7 +97,12 @@ impl Filter {
 
     /// Calls `found` for every unit whose needle is in `data`, once or more. Returns false if `deadline` came
     /// before the end.
-    pub(super) fn find(&self, data: &[u8], deadline: Option<Instant>, mut found: impl FnMut(u32) -> Next) -> bool {
+    pub(super) fn find(
+        &self,
+        data: &[u8],
+        deadline: Option<Instant>,
+        mut found: impl FnMut(u32) -> Next,
+    ) -> bool {
         if self.entries.is_empty() {
             return true;
         }
@@ -115,7 +120,8 @@ impl Filter {
                 let hash = hash(window);
                 let bit = (hash >> shift) as usize;
                 let word = map.get(bit / 64).copied().unwrap_or_default();
-                if word & (1 << (bit % 64)) != 0 && self.confirm(data, start + at, window, hash, &mut found) == Next::Stop
+                if word & (1 << (bit % 64)) != 0
+                    && self.confirm(data, start + at, window, hash, &mut found) == Next::Stop
                 {
                     return true;
                 }
@@ -135,14 +141,17 @@ impl Filter {
         found: &mut impl FnMut(u32) -> Next,
     ) -> Next {
         let slot = (hash >> self.slot_shift) as usize;
-        let (Some(from), Some(to)) = (self.slots.get(slot), self.slots.get(slot + 1)) else { return Next::Go };
+        let (Some(from), Some(to)) = (self.slots.get(slot), self.slots.get(slot + 1)) else {
+            return Next::Go;
+        };
         for entry in self.entries.get(*from as usize..*to as usize).unwrap_or_default() {
             if entry.window != window {
                 continue;
             }
             let Some(needle) = self.needles.get(entry.needle as usize) else { continue };
             let bytes = needle.literal.bytes.as_slice();
-            let Some(there) = at.checked_sub(needle.offset).and_then(|at| data.get(at..at + bytes.len())) else {
+            let Some(there) = at.checked_sub(needle.offset).and_then(|at| data.get(at..at + bytes.len()))
+            else {
                 continue;
             };
             if there == bytes || (needle.literal.nocase && there.eq_ignore_ascii_case(bytes)) {
@@ -183,7 +192,7 @@ mod tests {
 
     #[test]
     fn needles_are_found_wherever_they_stand() {
-        let literal = |text: &str, nocase| Literal { bytes: text.as_bytes().to_vec(), nocase };
+        let literal = |text: &str, nocase| Literal { bytes: text.as_bytes().to_vec(), nocase, rarity: 0 };
         let filter = Filter::new(
             [
                 (literal("abcd", false), vec![0]),

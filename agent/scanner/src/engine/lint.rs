@@ -40,7 +40,11 @@ pub(super) fn look(text: &str) -> Vec<Problem> {
             for (at, very, reason) in found {
                 let prefix = if very { VERY_SLOW } else { SLOW };
                 let (line, column) = place.of(at);
-                remarks.push(Problem { line, column, message: format!("{prefix} `{}`: {reason}", rule.name) });
+                remarks.push(Problem {
+                    line,
+                    column,
+                    message: format!("{prefix} `{}`: {reason}", rule.name),
+                });
             }
         }
     }
@@ -69,10 +73,9 @@ impl Place<'_> {
 fn of_string(string: &VariableDeclaration) -> Option<(bool, String)> {
     let name = &string.name;
     match &string.value {
-        VariableDeclarationValue::Bytes(bytes) => {
-            (bytes.len() < 3 && !(string.modifiers.wide && bytes.len() == 2 && !string.modifiers.ascii))
-                .then(|| (false, format!("string `${name}` is shorter than 3 bytes")))
-        }
+        VariableDeclarationValue::Bytes(bytes) => (bytes.len() < 3
+            && !(string.modifiers.wide && bytes.len() == 2 && !string.modifiers.ascii))
+            .then(|| (false, format!("string `${name}` is shorter than 3 bytes"))),
         VariableDeclarationValue::HexString(tokens) => short(needles::hex_runs(tokens, 1), name),
         VariableDeclarationValue::Regex(regex) => {
             let runs = needles::regex_runs(regex, 1);
@@ -105,11 +108,15 @@ fn endless(node: &Node) -> bool {
             | RepetitionKind::OneOrMore
             | RepetitionKind::Range(RepetitionRange::AtLeast(_)) => true,
             RepetitionKind::ZeroOrOne
-            | RepetitionKind::Range(RepetitionRange::Exactly(_) | RepetitionRange::Bounded(..)) => endless(node),
+            | RepetitionKind::Range(RepetitionRange::Exactly(_) | RepetitionRange::Bounded(..)) => {
+                endless(node)
+            }
         },
         Node::Alternation(nodes) | Node::Concat(nodes) => nodes.iter().any(endless),
         Node::Group(node) => endless(node),
-        Node::Assertion(_) | Node::Class(_) | Node::Dot | Node::Empty | Node::Literal(_) | Node::Char(_) => false,
+        Node::Assertion(_) | Node::Class(_) | Node::Dot | Node::Empty | Node::Literal(_) | Node::Char(_) => {
+            false
+        }
     }
 }
 
@@ -134,14 +141,23 @@ enum Within {
     Long,
 }
 
-fn of_loops(expression: &Expression, within: Option<Within>, rule: &Rule, found: &mut Vec<(usize, bool, String)>) {
+fn of_loops(
+    expression: &Expression,
+    within: Option<Within>,
+    rule: &Rule,
+    found: &mut Vec<(usize, bool, String)>,
+) {
     let mut inner = within;
     match &expression.expr {
         Kind::ForIdentifiers { iterator, .. } => {
             let long = match iterator {
                 ForIterator::Range { from, to } => {
                     if mentions_filesize(to) || mentions_filesize(from) {
-                        found.push((expression.span.start, false, "loops over the size of the file".to_owned()));
+                        found.push((
+                            expression.span.start,
+                            false,
+                            "loops over the size of the file".to_owned(),
+                        ));
                     }
                     let rounds = match (&from.expr, &to.expr) {
                         (Kind::Integer(from), Kind::Integer(to)) => to.saturating_sub(*from),
@@ -163,8 +179,14 @@ fn of_loops(expression: &Expression, within: Option<Within>, rule: &Rule, found:
                 || identifier.operations.iter().any(|operation| match &operation.op {
                     boreal_parser::expression::IdentifierOperationType::Subfield(name) => matches!(
                         name.as_str(),
-                        "entropy" | "deviation" | "serial_correlation" | "mean" | "monte_carlo_pi" | "count"
-                            | "percentage" | "mode"
+                        "entropy"
+                            | "deviation"
+                            | "serial_correlation"
+                            | "mean"
+                            | "monte_carlo_pi"
+                            | "count"
+                            | "percentage"
+                            | "mode"
                     ),
                     boreal_parser::expression::IdentifierOperationType::Subscript(_)
                     | boreal_parser::expression::IdentifierOperationType::FunctionCall(_) => false,
@@ -210,13 +232,7 @@ mod tests {
                 SLOW,
                 "size of the file",
             ),
-            (
-                "import \"hash\" rule é_ { condition: true }",
-                0,
-                0,
-                SLOW,
-                "",
-            ),
+            ("import \"hash\" rule é_ { condition: true }", 0, 0, SLOW, ""),
             (
                 "import \"math\"\nrule a { condition: for any i in (0..9000) : (math.entropy(i, 9) > 7.0) }",
                 2,

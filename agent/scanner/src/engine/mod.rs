@@ -144,7 +144,7 @@ impl Engine {
         Self::compile_for(texts, FEW)
     }
 
-    /// As [`Self::compile`]; sets of up to `few` rules are run as a whole.
+    /// As [`Self::compile`]; sets of up to `few` rules are run as a whole, and with 0 none, whatever its rules.
     fn compile_for(texts: &[(Sha256, String)], few: usize) -> Result<(Self, u32, Vec<Problem>), Refused> {
         let mut built = Built::new();
         let mut warnings = Vec::new();
@@ -167,7 +167,7 @@ impl Engine {
             }
         }
         let whole = apart(texts, &units).unwrap_or_else(|| vec![whole]);
-        let sieve = if rules > few { Sieve::new(texts, units) } else { None };
+        let sieve = if rules > few { Sieve::new(texts, units, few > 0) } else { None };
         let engine = Self { whole, order: Arc::new(order), sieve };
         Ok((engine, u32::try_from(rules).unwrap_or(u32::MAX), warnings))
     }
@@ -176,7 +176,8 @@ impl Engine {
     /// limit kills the process).
     pub(crate) fn judge(&mut self, bytes: &[u8], time: Duration) -> Judgement {
         // A limit beyond the clock's range is no limit.
-        let run = &mut Run { bytes, deadline: Instant::now().checked_add(time), judgement: Judgement::default() };
+        let run =
+            &mut Run { bytes, deadline: Instant::now().checked_add(time), judgement: Judgement::default() };
         let chosen = self.sieve.as_mut().and_then(|sieve| sieve.choose(run));
         match chosen {
             Some(mut scanners) => scanners.iter_mut().for_each(|scanner| run.scan(scanner)),
@@ -241,8 +242,8 @@ impl Run<'_> {
 }
 
 impl Sieve {
-    /// `None` if it would hold back too few rules to be worth its pass, or a part does not compile alone.
-    fn new(texts: &[(Sha256, String)], units: Vec<Unit>) -> Option<Self> {
+    /// `None` if a part does not compile alone, or, with `if_worth`, if most rules have no needles.
+    fn new(texts: &[(Sha256, String)], units: Vec<Unit>, if_worth: bool) -> Option<Self> {
         let (mut wanted, mut always) = (Vec::new(), Vec::new());
         for (at, unit) in units.iter().enumerate() {
             // What can never hold (no needle of none) is in neither.
@@ -252,12 +253,13 @@ impl Sieve {
                 Some(_) | None => always.push(at),
             }
         }
-        if always.len() > wanted.len() {
+        if if_worth && always.len() > wanted.len() {
             return None;
         }
         let mut wants: HashMap<Literal, Vec<u32>> = HashMap::new();
         for at in &wanted {
-            for literal in units.get(*at).and_then(|unit| unit.demand.needles.as_ref()).into_iter().flatten() {
+            for literal in units.get(*at).and_then(|unit| unit.demand.needles.as_ref()).into_iter().flatten()
+            {
                 wants.entry(literal.clone()).or_default().push(u32::try_from(*at).ok()?);
             }
         }

@@ -3,6 +3,8 @@
 //! **Invariant:** a list is complete: a string cannot match data that holds none of its literals. Where this is
 //! not certain there is no list ([`None`]), and the rule is run on everything.
 
+use std::{collections::HashSet, sync::LazyLock};
+
 use boreal_parser::{
     hex_string::Token,
     regex::{Node, Regex, RepetitionKind, RepetitionRange},
@@ -23,18 +25,32 @@ pub(super) struct Literal {
     pub(super) bytes: Vec<u8>,
     /// ASCII letters stand for both cases.
     pub(super) nocase: bool,
+    /// How rare it is thought to be: higher is rarer.
+    pub(super) rarity: i32,
 }
 
 impl Literal {
-    /// How rare it is thought to be: higher is rarer.
-    pub(super) fn rarity(&self) -> i32 {
-        let window = best_window(&self.bytes).1;
-        let length = i32::try_from(self.bytes.len()).unwrap_or(i32::MAX);
-        if COMMON.iter().any(|common| contains_folded(common, &self.bytes)) {
-            return 5;
-        }
-        window + length * 2 - if self.nocase { 5 } else { 0 }
+    fn new(bytes: &[u8], nocase: bool) -> Self {
+        Self { bytes: bytes.to_vec(), nocase, rarity: rarity(bytes) - if nocase { 5 } else { 0 } }
     }
+}
+
+fn rarity(bytes: &[u8]) -> i32 {
+    /// Windows of the common texts, as the filter sees them: few literals need the long look.
+    static WINDOWS: LazyLock<HashSet<Vec<u8>>> =
+        LazyLock::new(|| COMMON.iter().flat_map(|text| text.windows(SHORTEST)).map(folded).collect());
+    let (at, window) = best_window(bytes);
+    let best = bytes.get(at..at + SHORTEST).map(folded);
+    if best.is_some_and(|best| WINDOWS.contains(&best))
+        && COMMON.iter().any(|common| contains_folded(common, bytes))
+    {
+        return 5;
+    }
+    window.saturating_add(i32::try_from(bytes.len()).unwrap_or(i32::MAX).saturating_mul(2))
+}
+
+fn folded(window: &[u8]) -> Vec<u8> {
+    window.iter().map(|byte| byte | 0x20).collect()
 }
 
 /// Where the rarest four bytes of a literal start, and how rare they are.
@@ -48,12 +64,12 @@ pub(super) fn best_window(bytes: &[u8]) -> (usize, i32) {
 }
 
 fn window_rarity(window: &[u8]) -> i32 {
-    let folded: Vec<u8> = window.iter().map(|b| b | 0x20).collect();
-    let first = folded.first().copied().unwrap_or_default();
-    if folded.iter().all(|b| *b == first) {
+    let Some(bytes) = window.first_chunk::<SHORTEST>() else { return 0 };
+    let folded = bytes.map(|byte| byte | 0x20);
+    if folded == [folded[0]; SHORTEST] {
         return 0;
     }
-    if COMMON_WINDOWS.iter().any(|common| common.as_slice() == folded) {
+    if COMMON_WINDOWS.contains(&&folded) {
         return 10;
     }
     window
@@ -120,10 +136,11 @@ const COMMON: [&[u8]; 44] = [
 
 /// Four-byte windows (bit 5 set, as the filter sees them) that stand nearly everywhere.
 const COMMON_WINDOWS: [&[u8; 4]; 46] = [
-    b"http", b"ttp:", b"tps:", b"tp:/", b"p://", b"://w", b"www.", b".com", b"tion", b"atio", b"ing ", b"the ",
-    b" the", b"and ", b" and", b"that", b"ment", b"this", b"with", b"from", b"file", b"name", b"type", b"data",
-    b"user", b"/usr", b"usr/", b"/bin", b"bin/", b"/lib", b"lib/", b".so.", b"func", b"unct", b"ncti", b"ctio",
-    b"impo", b"mpor", b"port", b"stri", b"trin", b"ring", b"retu", b"etur", b"turn", b"erro",
+    b"http", b"ttp:", b"tps:", b"tp:/", b"p://", b"://w", b"www.", b".com", b"tion", b"atio", b"ing ",
+    b"the ", b" the", b"and ", b" and", b"that", b"ment", b"this", b"with", b"from", b"file", b"name",
+    b"type", b"data", b"user", b"/usr", b"usr/", b"/bin", b"bin/", b"/lib", b"lib/", b".so.", b"func",
+    b"unct", b"ncti", b"ctio", b"impo", b"mpor", b"port", b"stri", b"trin", b"ring", b"retu", b"etur",
+    b"turn", b"erro",
 ];
 
 fn contains_folded(hay: &[u8], needle: &[u8]) -> bool {
@@ -153,13 +170,22 @@ pub(super) fn of_string(string: &VariableDeclaration) -> Option<Vec<Literal>> {
 
 fn of_text(text: &[u8], modifiers: &VariableModifiers) -> Option<Vec<Literal>> {
     let forms = plain_or_wide(text, modifiers);
-    let mut literals = Vec::new();
     if let Some((from, to)) = modifiers.xor {
+        let mut literals = Vec::new();
         for form in forms {
             let piece = rarest_piece(&form)?;
-            literals.extend((from..=to).map(|key| (piece.iter().map(|b| b ^ key).collect(), false)));
+            let rarity = rarity(piece);
+            literals.extend((from..=to).map(|key| Literal {
+                bytes: piece.iter().map(|byte| byte ^ key).collect(),
+                nocase: false,
+                // As rare as the text itself: with most keys it is rarer.
+                rarity,
+            }));
         }
-    } else if let Some(base64) = &modifiers.base64 {
+        return (literals.len() <= MOST).then_some(literals);
+    }
+    let mut literals = Vec::new();
+    if let Some(base64) = &modifiers.base64 {
         for form in forms {
             for offset in 0..3 {
                 let coded = base64_core(&form, base64.alphabet.as_ref(), offset);
@@ -182,10 +208,7 @@ fn finish(literals: Vec<(Vec<u8>, bool)>) -> Option<Vec<Literal>> {
     if literals.is_empty() || literals.len() > MOST {
         return None;
     }
-    literals
-        .into_iter()
-        .map(|(bytes, nocase)| Some(Literal { bytes: rarest_piece(&bytes)?.to_vec(), nocase }))
-        .collect()
+    literals.into_iter().map(|(bytes, nocase)| Some(Literal::new(rarest_piece(&bytes)?, nocase))).collect()
 }
 
 /// At most [`LONGEST`] bytes around the rarest window.
@@ -285,7 +308,9 @@ fn walk(node: &Node, shortest: usize, run: &mut Vec<u8>, best: &mut Option<Vec<V
                 RepetitionKind::OneOrMore => true,
                 RepetitionKind::ZeroOrOne | RepetitionKind::ZeroOrMore => false,
                 RepetitionKind::Range(
-                    RepetitionRange::Exactly(n) | RepetitionRange::AtLeast(n) | RepetitionRange::Bounded(n, _),
+                    RepetitionRange::Exactly(n)
+                    | RepetitionRange::AtLeast(n)
+                    | RepetitionRange::Bounded(n, _),
                 ) => *n > 0,
             };
             if at_least_once {
@@ -293,7 +318,9 @@ fn walk(node: &Node, shortest: usize, run: &mut Vec<u8>, best: &mut Option<Vec<V
             }
         }
         // A character above ASCII is left to the engine: how it is folded is not ours to know.
-        Node::Assertion(_) | Node::Class(_) | Node::Dot | Node::Char(_) => better(best, one_run(run, shortest)),
+        Node::Assertion(_) | Node::Class(_) | Node::Dot | Node::Char(_) => {
+            better(best, one_run(run, shortest))
+        }
     }
 }
 

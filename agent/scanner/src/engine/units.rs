@@ -9,7 +9,9 @@
 use std::{collections::HashMap, ops::Range};
 
 use boreal_parser::{
-    expression::{Expression, ExpressionKind as Kind, ForIterator, ForSelection, Identifier, IdentifierOperationType},
+    expression::{
+        Expression, ExpressionKind as Kind, ForIterator, ForSelection, Identifier, IdentifierOperationType,
+    },
     file::YaraFileComponent,
     rule::Rule,
 };

@@ -14,7 +14,8 @@ impl Dice {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
-        usize::try_from((self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % u64::try_from(n).unwrap()).unwrap()
+        usize::try_from((self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % u64::try_from(n).unwrap())
+            .unwrap()
     }
 
     fn once_in(&mut self, n: usize) -> bool {
@@ -27,9 +28,30 @@ impl Dice {
 }
 
 const WORDS: [&str; 24] = [
-    "evil", "Needle47", "xmrig", "stratum+tcp", "cmd.exe", "GetProcAddress", "http", "abc", "zq", "PAYLOAD_",
-    "aaaa", "rat!", "beacon", "kill -9 ", "eval(base64", "\\x00\\x01\\x02\\x03", "/tmp/.X11", "SELECT", "mimikatz",
-    "lsass", "Q", "tion", "\\xff\\xfe\\xfd", "powershell",
+    "evil",
+    "Needle47",
+    "xmrig",
+    "stratum+tcp",
+    "cmd.exe",
+    "GetProcAddress",
+    "http",
+    "abc",
+    "zq",
+    "PAYLOAD_",
+    "aaaa",
+    "rat!",
+    "beacon",
+    "kill -9 ",
+    "eval(base64",
+    "\\x00\\x01\\x02\\x03",
+    "/tmp/.X11",
+    "SELECT",
+    "mimikatz",
+    "lsass",
+    "Q",
+    "tion",
+    "\\xff\\xfe\\xfd",
+    "powershell",
 ];
 
 /// A rule set and the bytes that may stand where it matches.
@@ -76,10 +98,10 @@ fn base64(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// One string declaration without its name.
-fn string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>) -> String {
+fn string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>, newest: bool) -> String {
     match dice.below(10) {
         0..=4 => text_string(dice, plants),
-        5..=7 => hex_string(dice, plants),
+        5..=7 => hex_string(dice, plants, newest),
         _ => regex_string(dice, plants),
     }
 }
@@ -128,7 +150,7 @@ fn text_string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>) -> String {
     format!("\"{text}\" {modifiers}")
 }
 
-fn hex_string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>) -> String {
+fn hex_string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>, newest: bool) -> String {
     let mut text = String::from("{");
     let mut plant = Vec::new();
     let byte = |dice: &mut Dice, text: &mut String, plant: &mut Vec<u8>| {
@@ -151,7 +173,7 @@ fn hex_string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>) -> String {
                 text.push_str(" ?1");
                 plant.push(0x71);
             }
-            3 => {
+            3 if newest => {
                 text.push_str(" ~41");
                 plant.push(0x42);
             }
@@ -210,6 +232,11 @@ fn regex_string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>) -> String {
         text.push_str(part);
         plant.extend(match_);
     }
+    // yara and boreal do not agree on matches of nothing.
+    if text.replace("(quux)?", "").replace("x{0,3}", "").is_empty() {
+        text.push_str("end");
+        plant.extend(b"end");
+    }
     if dice.once_in(12) {
         text.insert(0, '^');
     }
@@ -217,7 +244,8 @@ fn regex_string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>) -> String {
         text.push('$');
     }
     plants.push(plant.clone());
-    let modifiers = *dice.pick(&["", "", "", "i", "s", " nocase", " wide", " wide ascii", "i wide", " fullword"]);
+    let modifiers =
+        *dice.pick(&["", "", "", "i", "s", " nocase", " wide", " wide ascii", "i wide", " fullword"]);
     if modifiers.contains("wide") {
         plants.push(wide(&plant));
     }
@@ -234,6 +262,8 @@ struct Scope<'a> {
     earlier: &'a [String],
     modules: bool,
     in_for: bool,
+    /// Constructs that the `yara` of Debian 12 does not know are used as well.
+    newest: bool,
 }
 
 fn name<'a>(dice: &mut Dice, scope: &Scope<'a>) -> &'a str {
@@ -290,11 +320,15 @@ fn condition(dice: &mut Dice, scope: &Scope<'_>, depth: usize) -> String {
         15 => format!("!{s}[1] > 4"),
         16..=18 => format!("{} of {}", selection(dice), set(dice, scope)),
         19 => format!("{} of {} in (0..100)", dice.pick(&["any", "all", "1"]), set(dice, scope)),
-        20 => format!("any of {} at 0", set(dice, scope)),
+        20 if scope.newest => format!("any of {} at 0", set(dice, scope)),
         21 if !scope.in_for => {
             let body = *dice.pick(&["$", "# > 1", "@ < 100", "$ at 0", "$ in (0..50)", "not $", "# == 0"]);
             let also = if dice.once_in(3) { format!(" and ${s}") } else { String::new() };
-            format!("for {} of {} : ({body}{also})", dice.pick(&["any", "all", "none", "2"]), set(dice, scope))
+            format!(
+                "for {} of {} : ({body}{also})",
+                dice.pick(&["any", "all", "none", "2"]),
+                set(dice, scope)
+            )
         }
         22 => format!("for any i in (1..#{s}) : (@{s}[i] < 60)"),
         23 => format!("for all i in (1..3) : (@{s}[i] > 2)"),
@@ -350,13 +384,15 @@ fn without_strings(dice: &mut Dice, scope: &Scope<'_>) -> String {
     }
 }
 
-/// A set of `rules` rules in one text. With `modules`, file modules are used; with `globals`, global rules.
-pub(super) fn rule_set(dice: &mut Dice, rules: usize, modules: bool, globals: bool) -> Set {
+/// A set of `rules` rules in one text. With `modules`, file modules are used; with `globals`, global rules; with
+/// `newest`, what the `yara` of Debian 12 does not know.
+pub(super) fn rule_set(dice: &mut Dice, rules: usize, modules: bool, globals: bool, newest: bool) -> Set {
     let mut text = String::new();
     let mut plants = Vec::new();
     let mut earlier: Vec<String> = Vec::new();
     if modules {
-        text += "import \"pe\"\nimport \"elf\"\n// a comment } with a brace\nimport \"hash\" import \"math\"\n";
+        text +=
+            "import \"pe\"\nimport \"elf\"\n// a comment } with a brace\nimport \"hash\" import \"math\"\n";
     }
     for index in 0..rules {
         let count = dice.below(5);
@@ -365,7 +401,7 @@ pub(super) fn rule_set(dice: &mut Dice, rules: usize, modules: bool, globals: bo
         for at in 0..count {
             // An anonymous string now and then; `them` takes it in.
             let anonymous = at > 0 && dice.once_in(9);
-            let value = string(dice, &mut plants);
+            let value = string(dice, &mut plants, newest);
             if anonymous {
                 declared += &format!("    $ = {value}\n");
             } else {
@@ -375,7 +411,7 @@ pub(super) fn rule_set(dice: &mut Dice, rules: usize, modules: bool, globals: bo
         }
         let start = earlier.len().saturating_sub(3);
         let some: &[String] = if dice.once_in(6) { &earlier[start..] } else { &[] };
-        let scope = Scope { strings: &strings, earlier: some, modules, in_for: false };
+        let scope = Scope { strings: &strings, earlier: some, modules, in_for: false, newest };
         let depth = dice.below(4);
         let mut condition = condition(dice, &scope, depth);
         if count > 0 {
