@@ -12,12 +12,13 @@ use anyhow::Context as _;
 use crate::programs;
 
 /// A program that tests need, the package it comes in, and what cannot run without it.
-const NEEDED: [(&str, &str, &str); 6] = [
+const NEEDED: [(&str, &str, &str); 7] = [
     ("strace", "strace", "tests that watch or fail single system calls"),
     ("nft", "nftables", "tests of network rules"),
     ("faketime", "faketime", "tests with a wrong clock"),
     ("rpmbuild", "rpm", "tests that ask a package database of the other kind"),
     ("ip", "iproute2", "tests in network namespaces"),
+    ("yara", "yara", "the test that compares hits with those of yara"),
     ("sqlite3", "sqlite3", "the test that tampers with the audit log"),
 ];
 

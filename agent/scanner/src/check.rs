@@ -1,4 +1,5 @@
-//! Tries a pattern in a worker process: does it compile, and what does the compiler remark?
+//! Tries a pattern in a worker process: does it compile, what does the compiler remark, and which of its rules
+//! are slow?
 
 use std::time::Duration;
 
@@ -6,6 +7,7 @@ use tm_patterns::{Checked, Pattern, Problem};
 use tm_protocol::task::ScanLimits;
 
 use crate::{
+    engine::lint::VERY_SLOW,
     pool::WorkerProgram,
     process::Worker,
     wire::{Answer, Setup},
@@ -28,12 +30,22 @@ pub enum CheckError {
     Start(#[source] std::io::Error),
 }
 
-/// Compiles `pattern` in a worker of its own, which is then ended.
+/// Compiles `pattern` in a worker of its own, which is then ended. A pattern with a rule that can hold up a
+/// scan (a digest of the file in a long loop, a regular expression without a literal and without an end) is
+/// refused; other slow rules are remarked on.
 ///
 /// # Errors
-/// [`CheckError::Refused`] with places for a rule that is wrong; [`CheckError::Hostile`] if the worker dies
-/// or takes longer than a minute; [`CheckError::Start`] if there is none.
+/// [`CheckError::Refused`] with places for a rule that is wrong or too slow; [`CheckError::Hostile`] if the
+/// worker dies or takes longer than a minute; [`CheckError::Start`] if there is none.
 pub fn check(program: &WorkerProgram, pattern: &Pattern) -> Result<Checked, CheckError> {
+    check_with(program, pattern, false)
+}
+
+/// As [`check`]; with `force`, rules that can hold up a scan are only remarked on.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_with(program: &WorkerProgram, pattern: &Pattern, force: bool) -> Result<Checked, CheckError> {
     let setup = Setup {
         patterns: vec![(pattern.sha256(), pattern.text().to_owned())],
         limits: ScanLimits::default(),
@@ -45,7 +57,14 @@ pub fn check(program: &WorkerProgram, pattern: &Pattern) -> Result<Checked, Chec
     worker.kill();
     match answer {
         Ok(Answer::Ready { rules, warnings, .. }) => {
-            Ok(Checked { rules, warnings: warnings.into_iter().map(Into::into).collect() })
+            let warnings: Vec<Problem> = warnings.into_iter().map(Into::into).collect();
+            let too_slow: Vec<Problem> =
+                warnings.iter().filter(|problem| problem.message.starts_with(VERY_SLOW)).cloned().collect();
+            if force || too_slow.is_empty() {
+                Ok(Checked { rules, warnings })
+            } else {
+                Err(CheckError::Refused(too_slow))
+            }
         }
         Ok(Answer::Refused { problems, .. }) => {
             Err(CheckError::Refused(problems.into_iter().map(Into::into).collect()))

@@ -31,6 +31,9 @@ use crate::{
 /// on small files and a third on large ones).
 const READ_LIMIT: u64 = 1 << 20;
 
+/// How long answers are gathered, in milliseconds.
+const SAY_EVERY_MS: u64 = 10;
+
 /// Runs the worker on the socket that stands at standard input. Ends when the parent does.
 pub fn main() -> ExitCode {
     // One thread's panic ends the process at once: its item is tried again instead of waiting for its time.
@@ -59,7 +62,8 @@ fn run() -> io::Result<()> {
     sandbox.confine(&frame);
     let (setup, slots) = (File::from(setup), Slots(File::from(slots)));
     let setup_bytes = setup.metadata()?.len();
-    let out = Mutex::new(io::stdout());
+    // As a plain file: what stands before it flushes at every byte that looks like the end of a line.
+    let out = Mutex::new(File::from(io::stdout().as_fd().try_clone_to_owned()?));
     // Threads come before the last step of the sandbox, which allows no new ones, and wait for the engine.
     let begun = Barrier::new(frame.threads + 1);
     let job = OnceLock::new();
@@ -105,12 +109,7 @@ struct Job {
 }
 
 /// Reads and compiles the patterns and tells the parent; nothing if they are refused.
-fn prepare(
-    setup: &File,
-    length: u64,
-    sandbox: Vec<PartState>,
-    out: &Mutex<io::Stdout>,
-) -> io::Result<Option<Job>> {
+fn prepare(setup: &File, length: u64, sandbox: Vec<PartState>, out: &Mutex<File>) -> io::Result<Option<Job>> {
     let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
     setup.read_exact_at(&mut bytes, 0)?;
     let setup = wire::decode::<Setup>(&bytes)?;
@@ -132,27 +131,36 @@ fn prepare(
 fn serve(
     thread: usize,
     socket: &io::Stdin,
-    out: &Mutex<io::Stdout>,
+    out: &Mutex<File>,
     slots: &Slots,
     mut engine: Engine,
     limits: &ScanLimits,
 ) -> io::Result<()> {
-    let mut buffer = Vec::new();
+    let (mut buffer, mut answers) = (Vec::new(), Vec::new());
     while let Some((order, files)) = receive(socket)? {
         let Order::Items(ids) = order else { return Err(io::Error::other("a second set-up")) };
         if ids.len() != files.len() {
             return Err(io::Error::other("items without their files"));
         }
+        let mut said_ms = wire::monotonic_ms();
         for (id, file) in ids.into_iter().zip(files) {
-            slots.set(thread, id, wire::monotonic_ms())?;
+            let now_ms = wire::monotonic_ms();
+            // What is done is told before something long may begin: most files take microseconds, and an answer
+            // each would cost more than looking at them.
+            if now_ms.saturating_sub(said_ms) >= SAY_EVERY_MS {
+                say(out, &mut answers)?;
+                said_ms = now_ms;
+            }
+            slots.set(thread, id, now_ms)?;
             let findings =
                 look(&File::from(file), &mut buffer, &mut engine, limits).unwrap_or_else(|_| Findings {
                     skips: vec![Skip { member: Vec::new(), reason: SkipReason::Unreadable }],
                     ..Findings::default()
                 });
-            send(out, &Answer::Done { id, findings })?;
-            slots.clear(thread)?;
+            wire::write_answer(&mut answers, &Answer::Done { id, findings })?;
         }
+        say(out, &mut answers)?;
+        slots.clear(thread)?;
     }
     Ok(())
 }
@@ -210,11 +218,17 @@ fn read_from_start(file: &File, size: u64, buffer: &mut Vec<u8>) -> io::Result<u
     Ok(length)
 }
 
-fn send(out: &Mutex<io::Stdout>, answer: &Answer) -> io::Result<()> {
+fn send(out: &Mutex<File>, answer: &Answer) -> io::Result<()> {
     let mut bytes = Vec::new();
     wire::write_answer(&mut bytes, answer)?;
-    let mut out = out.lock().map_err(|_| io::Error::other("a scan thread has panicked"))?.lock();
-    out.write_all(&bytes)?;
+    say(out, &mut bytes)
+}
+
+/// Tells what was gathered.
+fn say(out: &Mutex<File>, bytes: &mut Vec<u8>) -> io::Result<()> {
+    let mut out = out.lock().map_err(|_| io::Error::other("a scan thread has panicked"))?;
+    out.write_all(bytes)?;
+    bytes.clear();
     out.flush()
 }
 

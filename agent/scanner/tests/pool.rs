@@ -281,6 +281,25 @@ fn a_file_that_is_cut_while_it_is_mapped_costs_at_most_itself() {
 }
 
 #[test]
+fn rules_that_can_hold_up_a_scan_are_refused_unless_forced() {
+    let text =
+        "import \"hash\"\nrule a {\n condition: for any i in (0..filesize) : (hash.md5(i, 9) == \"x\") }";
+    let Err(CheckError::Refused(problems)) = check::check(&program(), &pattern(text)) else {
+        panic!("it is accepted");
+    };
+    assert_eq!((problems.len(), problems[0].line), (1, 3), "{problems:?}");
+    assert!(
+        problems[0].message.starts_with("very slow rule `a`: `hash` is called in a loop"),
+        "{problems:?}"
+    );
+    let forced = check::check_with(&program(), &pattern(text), true).unwrap();
+    assert!(forced.warnings.iter().any(|warning| warning == &problems[0]), "{:?}", forced.warnings);
+    // A slow rule is only remarked on.
+    let slow = check::check(&program(), &pattern("rule a { strings: $a = \"ab\" condition: $a }")).unwrap();
+    assert_eq!(slow.warnings.iter().filter(|w| w.message.starts_with("slow rule `a`: ")).count(), 1);
+}
+
+#[test]
 fn wrong_rules_are_refused_with_their_place_and_good_ones_counted() {
     assert_eq!(check::check(&program(), &pattern(MARKER)).unwrap().rules, 1);
     for (text, line, column, part) in [

@@ -22,7 +22,7 @@ use tm_protocol::{
     task::ScanLimits,
 };
 use tm_scanner::{
-    check::{CheckError, check as try_pattern},
+    check::{CheckError, check_with as try_pattern},
     pool::{StartError, WorkerProgram},
 };
 
@@ -126,6 +126,9 @@ pub(crate) struct CheckArgs {
     /// The pattern to try
     #[arg(value_name = "FILE")]
     file: PathBuf,
+    /// Accept rules that can hold up a scan (they are still named)
+    #[arg(long)]
+    force: bool,
 }
 
 /// Scans, prints, and says the verdict by the exit code.
@@ -202,7 +205,7 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
 
 /// Tries a pattern and prints what it would load, or what is wrong with it.
 pub(crate) fn check(args: &CheckArgs) -> ExitCode {
-    let (lines, code) = check_lines(&args.file);
+    let (lines, code) = check_lines(&args.file, args.force);
     let mut out = io::stdout().lock();
     match lines.iter().try_for_each(|line| writeln!(out, "{line}")).and_then(|()| out.flush()) {
         Ok(()) => code,
@@ -213,7 +216,7 @@ pub(crate) fn check(args: &CheckArgs) -> ExitCode {
     }
 }
 
-fn check_lines(file: &Path) -> (Vec<String>, ExitCode) {
+fn check_lines(file: &Path, force: bool) -> (Vec<String>, ExitCode) {
     let pattern = match read_pattern(file) {
         Ok(pattern) => pattern,
         Err(error) => {
@@ -222,7 +225,7 @@ fn check_lines(file: &Path) -> (Vec<String>, ExitCode) {
         }
     };
     let name = pattern.name();
-    match try_pattern(&WorkerProgram::this(), &pattern) {
+    match try_pattern(&WorkerProgram::this(), &pattern, force) {
         Ok(checked) => {
             let warnings = checked
                 .warnings

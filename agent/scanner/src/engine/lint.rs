@@ -1,0 +1,267 @@
+//! What makes a rule slow, said when a pattern is imported.
+//!
+//! Remarks begin with [`SLOW`] or [`VERY_SLOW`]; the second kind is refused at import unless forced: no time
+//! limit stops the engine within such a rule.
+
+use boreal_parser::{
+    expression::{Expression, ExpressionKind as Kind, ForIterator},
+    file::YaraFileComponent,
+    regex::{AssertionKind, Node, RepetitionKind, RepetitionRange},
+    rule::{Rule, VariableDeclaration, VariableDeclarationValue},
+};
+use tm_patterns::Problem;
+
+use super::{needles, units::children};
+
+/// How a remark on a rule that costs more than others begins.
+pub(crate) const SLOW: &str = "slow rule";
+/// How a remark on a rule that can stop a scan begins.
+pub(crate) const VERY_SLOW: &str = "very slow rule";
+
+/// Rounds of a loop that are always few.
+const FEW_ROUNDS: i64 = 64;
+
+/// Remarks on the rules of `text`, each at the name of its rule or at its string.
+pub(super) fn look(text: &str) -> Vec<Problem> {
+    let Ok(file) = boreal_parser::parse(text) else { return Vec::new() };
+    let mut remarks = Vec::new();
+    let mut place = Place { text, at: 0, line: 1 };
+    for component in &file.components {
+        if let YaraFileComponent::Rule(rule) = component {
+            let mut found = Vec::new();
+            for string in &rule.variables {
+                if let Some((very, reason)) = of_string(string) {
+                    found.push((string.span.start, very, reason));
+                }
+            }
+            of_loops(&rule.condition, None, rule, &mut found);
+            // The parser gives strings and conditions in the order of the text, after the name.
+            found.sort_by_key(|(at, _, _)| *at);
+            for (at, very, reason) in found {
+                let prefix = if very { VERY_SLOW } else { SLOW };
+                let (line, column) = place.of(at);
+                remarks.push(Problem {
+                    line,
+                    column,
+                    message: format!("{prefix} `{}`: {reason}", rule.name),
+                });
+            }
+        }
+    }
+    remarks
+}
+
+/// Lines and columns of ascending offsets, counted once.
+struct Place<'a> {
+    text: &'a str,
+    at: usize,
+    line: usize,
+}
+
+impl Place<'_> {
+    fn of(&mut self, at: usize) -> (u32, u32) {
+        let between = self.text.get(self.at..at).unwrap_or_default();
+        self.line += between.matches('\n').count();
+        self.at = self.at.max(at);
+        let before = self.text.get(..at).unwrap_or_default();
+        let line = before.rsplit('\n').next().unwrap_or_default();
+        let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        (number(self.line), number(line.chars().count() + 1))
+    }
+}
+
+fn of_string(string: &VariableDeclaration) -> Option<(bool, String)> {
+    let name = &string.name;
+    match &string.value {
+        VariableDeclarationValue::Bytes(bytes) => (bytes.len() < 3
+            && !(string.modifiers.wide && bytes.len() == 2 && !string.modifiers.ascii))
+            .then(|| (false, format!("string `${name}` is shorter than 3 bytes"))),
+        VariableDeclarationValue::HexString(tokens) => short(needles::hex_runs(tokens, 1), name),
+        VariableDeclarationValue::Regex(regex) => {
+            let runs = needles::regex_runs(regex, 1);
+            if runs.is_none() && endless(&regex.ast) {
+                return Some((true, format!("regular expression `${name}` has no literal and no end")));
+            }
+            if anchored(&regex.ast) {
+                return Some((false, format!("regular expression `${name}` is tried at every line")));
+            }
+            short(runs, name)
+        }
+    }
+}
+
+fn short(runs: Option<Vec<Vec<u8>>>, name: &str) -> Option<(bool, String)> {
+    match runs.map(|runs| runs.iter().map(Vec::len).min().unwrap_or_default()) {
+        None => Some((false, format!("string `${name}` has no literal that must be there"))),
+        Some(length @ (0..=2)) => {
+            let bytes = if length == 1 { "1 byte".to_owned() } else { format!("{length} bytes") };
+            Some((false, format!("string `${name}` has no literal longer than {bytes}")))
+        }
+        Some(_) => None,
+    }
+}
+
+fn endless(node: &Node) -> bool {
+    match node {
+        Node::Repetition { node, kind, .. } => match kind {
+            RepetitionKind::ZeroOrMore
+            | RepetitionKind::OneOrMore
+            | RepetitionKind::Range(RepetitionRange::AtLeast(_)) => true,
+            RepetitionKind::ZeroOrOne
+            | RepetitionKind::Range(RepetitionRange::Exactly(_) | RepetitionRange::Bounded(..)) => {
+                endless(node)
+            }
+        },
+        Node::Alternation(nodes) | Node::Concat(nodes) => nodes.iter().any(endless),
+        Node::Group(node) => endless(node),
+        Node::Assertion(_) | Node::Class(_) | Node::Dot | Node::Empty | Node::Literal(_) | Node::Char(_) => {
+            false
+        }
+    }
+}
+
+fn anchored(node: &Node) -> bool {
+    match node {
+        Node::Assertion(AssertionKind::StartLine | AssertionKind::EndLine) => true,
+        Node::Alternation(nodes) | Node::Concat(nodes) => nodes.iter().any(anchored),
+        Node::Group(node) | Node::Repetition { node, .. } => anchored(node),
+        Node::Assertion(AssertionKind::WordBoundary | AssertionKind::NonWordBoundary)
+        | Node::Class(_)
+        | Node::Dot
+        | Node::Empty
+        | Node::Literal(_)
+        | Node::Char(_) => false,
+    }
+}
+
+/// A loop that is being read, and whether its rounds are bounded by the rule itself.
+#[derive(Clone, Copy)]
+enum Within {
+    Short,
+    Long,
+}
+
+fn of_loops(
+    expression: &Expression,
+    within: Option<Within>,
+    rule: &Rule,
+    found: &mut Vec<(usize, bool, String)>,
+) {
+    let mut inner = within;
+    match &expression.expr {
+        Kind::ForIdentifiers { iterator, .. } => {
+            let long = match iterator {
+                ForIterator::Range { from, to } => {
+                    if mentions_filesize(to) || mentions_filesize(from) {
+                        found.push((
+                            expression.span.start,
+                            false,
+                            "loops over the size of the file".to_owned(),
+                        ));
+                    }
+                    let rounds = match (&from.expr, &to.expr) {
+                        (Kind::Integer(from), Kind::Integer(to)) => to.saturating_sub(*from),
+                        _ => i64::MAX,
+                    };
+                    rounds > FEW_ROUNDS
+                }
+                // Sections, resources and the like: as many as the file says.
+                ForIterator::Identifier(_) | ForIterator::List(_) => false,
+            };
+            inner = Some(match (within, long) {
+                (Some(Within::Long), _) | (_, true) => Within::Long,
+                (Some(Within::Short) | None, false) => Within::Short,
+            });
+        }
+        Kind::Identifier(identifier) if matches!(identifier.name.as_str(), "hash" | "math") => {
+            // `math.min` and the like do not read the file.
+            let reads = identifier.name == "hash"
+                || identifier.operations.iter().any(|operation| match &operation.op {
+                    boreal_parser::expression::IdentifierOperationType::Subfield(name) => matches!(
+                        name.as_str(),
+                        "entropy"
+                            | "deviation"
+                            | "serial_correlation"
+                            | "mean"
+                            | "monte_carlo_pi"
+                            | "count"
+                            | "percentage"
+                            | "mode"
+                    ),
+                    boreal_parser::expression::IdentifierOperationType::Subscript(_)
+                    | boreal_parser::expression::IdentifierOperationType::FunctionCall(_) => false,
+                });
+            match within {
+                Some(kind) if reads => found.push((
+                    expression.span.start,
+                    matches!(kind, Within::Long),
+                    format!("`{}` is called in a loop", identifier.name),
+                )),
+                Some(_) | None => {}
+            }
+        }
+        _ => {}
+    }
+    for child in children(expression) {
+        of_loops(child, inner, rule, found);
+    }
+}
+
+fn mentions_filesize(expression: &Expression) -> bool {
+    matches!(expression.expr, Kind::Filesize) || children(expression).into_iter().any(mentions_filesize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slow_rules_are_named_with_their_place_and_reason() {
+        for (text, line, column, prefix, reason) in [
+            ("rule a {\n strings: $a = \"x\"\n condition: $a }", 2, 11, SLOW, "shorter than 3"),
+            ("rule a { strings: $b = { 4? ?? 1? } condition: $b }", 1, 19, SLOW, "no literal that must"),
+            ("rule a { strings: $b = { 41 42 ?? } condition: $b }", 1, 19, SLOW, "longer than 2 bytes"),
+            ("rule a { strings: $b = /[a-z]+.*[0-9]/ condition: $b }", 1, 19, VERY_SLOW, "no end"),
+            ("rule a { strings: $b = /(abcd|[a-z]*)/ condition: $b }", 1, 19, VERY_SLOW, "no end"),
+            ("rule a { strings: $b = /[a-z]{4}/ condition: $b }", 1, 19, SLOW, "no literal that must"),
+            ("rule a { strings: $b = /^abcdef/ condition: $b }", 1, 19, SLOW, "every line"),
+            (
+                "rule a { condition:\n  for any i in (0..filesize) : (uint8(i) == 4) }",
+                2,
+                3,
+                SLOW,
+                "size of the file",
+            ),
+            ("import \"hash\" rule é_ { condition: true }", 0, 0, SLOW, ""),
+            (
+                "import \"math\"\nrule a { condition: for any i in (0..9000) : (math.entropy(i, 9) > 7.0) }",
+                2,
+                47,
+                VERY_SLOW,
+                "in a loop",
+            ),
+        ] {
+            let remarks = look(text);
+            if line == 0 {
+                assert!(remarks.is_empty(), "{text}");
+                continue;
+            }
+            let remark = remarks.last().unwrap_or_else(|| panic!("nothing said of {text}"));
+            assert!(remark.message.starts_with(&format!("{prefix} `a`: ")), "{text}: {remark:?}");
+            assert!(remark.message.contains(reason), "{text}: {remark:?}");
+            assert_eq!((remark.line, remark.column), (line, column), "{text}: {remark:?}");
+        }
+    }
+
+    #[test]
+    fn ordinary_rules_are_not_remarked_on() {
+        for text in [
+            "rule a { strings: $a = \"needle\" $b = { 41 42 43 ?? 44 } $c = /abc.*def/ condition: any of them }",
+            "import \"hash\" rule a { condition: hash.md5(0, filesize) == \"x\" }",
+            "import \"pe\" rule a { condition: for any s in pe.sections : (s.name == \".text\") }",
+            "import \"math\" rule a { condition: for any i in (1..3) : (math.min(i, 2) == 2) }",
+        ] {
+            assert_eq!(look(text), [], "{text}");
+        }
+    }
+}
