@@ -61,6 +61,8 @@ fn what_scanning_needs_works() {
     for how in ["free", "landlock", "sealed"] {
         works(how, "nothing");
         works(how, "work");
+        // A panic ends a worker by this: it must stay one.
+        assert_eq!(escape(how, "abort").status.signal(), Some(6), "{how}");
     }
 }
 
