@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context as _;
 use clap::ValueEnum;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::Serialize;
@@ -73,7 +74,7 @@ pub(crate) fn run(format: Format) -> ExitCode {
             parts.push(Line { part: "worker", state: "ok", detail });
             parts.extend(sandbox.iter().map(Line::from));
         }
-        Err(detail) => parts.push(Line { part: "worker", state: "missing", detail }),
+        Err(error) => parts.push(Line { part: "worker", state: "missing", detail: format!("{error:#}") }),
     }
     let report = Report { ok: parts.iter().all(|line| line.state != "missing"), parts };
     let mut out = io::stdout().lock();
@@ -94,28 +95,19 @@ fn print(out: &mut impl io::Write, report: &Report, format: Format) -> io::Resul
 }
 
 /// Starts a worker and has it find something; what is in force around it, or what went wrong.
-fn trial() -> Result<Vec<PartState>, String> {
-    let pattern = Pattern::new("doctor", RULE.to_vec()).map_err(|error| chain(&error))?;
-    let file = memfd_create("tm-doctor", MemfdFlags::CLOEXEC).map_err(|error| error.to_string())?;
-    let mut file = File::from(file);
-    file.write_all(MARK).map_err(|error| error.to_string())?;
+fn trial() -> anyhow::Result<Vec<PartState>> {
+    let pattern = Pattern::new("doctor", RULE.to_vec())?;
+    let mut file = File::from(memfd_create("tm-doctor", MemfdFlags::CLOEXEC)?);
+    file.write_all(MARK)?;
     let options = PoolOptions { threads: 1, limits: ScanLimits::default(), nice: 0 };
-    let (pool, results) =
-        ScanPool::start(&WorkerProgram::this(), &[pattern], options).map_err(|error| chain(&error))?;
+    let (pool, results) = ScanPool::start(&WorkerProgram::this(), &[pattern], options)?;
     pool.submit(Item { id: 0, file: file.into() });
     pool.finish();
-    let found =
-        results.recv_timeout(PATIENCE).map_err(|_| "gave no answer about its test file".to_owned())?;
+    let found = results.recv_timeout(PATIENCE).context("it gave no answer about its test file")?;
     if found.findings.matches.is_empty() {
-        return Err("did not find anything in its test file".to_owned());
+        anyhow::bail!("it did not find anything in its test file");
     }
     Ok(pool.sandbox().to_vec())
-}
-
-/// The error and its causes, joined by colons.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[cfg(test)]

@@ -2,6 +2,9 @@
 //!
 //! A worker judges all patterns at once, so its death names an item and not a rule. This tries halves of the
 //! set in workers of their own, on the item that was set aside last, until one pattern is left.
+//!
+//! **Invariant:** a pattern is named only if a worker that had no other one died of it, and one that had none at
+//! all did not.
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},

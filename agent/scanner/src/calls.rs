@@ -59,7 +59,8 @@ const PLAIN: &[i64] = &[
 ];
 
 /// Commands of `fcntl` that only look at a descriptor, copy it or seal scratch.
-const FCNTL: [i32; 4] = [libc::F_GETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC, libc::F_ADD_SEALS];
+const FCNTL: [i32; 5] =
+    [libc::F_GETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC, libc::F_ADD_SEALS, libc::F_GET_SEALS];
 
 /// Restricts all threads of this process; says how.
 pub(crate) fn restrict() -> Result<String, String> {

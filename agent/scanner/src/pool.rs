@@ -204,19 +204,20 @@ impl Drop for ScanPool {
 /// How a worker dies before it has said anything.
 const DIED: &str = "died";
 
-/// The first worker of a pool. If it dies of one pattern, that pattern is refused by its name.
+/// The first worker of a pool. One that dies is replaced once: it may have been killed by chance. If the second one
+/// dies of one pattern, that pattern is refused by its name.
 fn load_first(
     program: &WorkerProgram,
     setup: &Setup,
     names: &[String],
 ) -> Result<(Worker, Vec<PartState>), StartError> {
     let error = match load(program, setup, names) {
-        Ok(loaded) => return Ok(loaded),
-        Err(error) => error,
+        Err(StartError::Load(DIED)) => match load(program, setup, names) {
+            Err(error @ StartError::Load(DIED)) => error,
+            loaded => return loaded,
+        },
+        loaded => return loaded,
     };
-    if !matches!(error, StartError::Load(DIED)) {
-        return Err(error);
-    }
     let name = blame::culprit(program, setup, None, &|| false).and_then(|index| names.get(index));
     Err(name.map_or(error, |name| {
         let message = "it ends the scan worker that loads it".to_owned();

@@ -46,7 +46,7 @@ const BASE_MEMORY: u64 = 1 << 30;
 /// Memory of a thread beside the members it unpacks, in bytes.
 const THREAD_MEMORY: u64 = 64 << 20;
 /// A worker may always have this much, in bytes, however small the machine.
-const LEAST_MEMORY: u64 = 1 << 30;
+const LEAST_MEMORY: u64 = 512 << 20;
 /// Address space of a thread that is only set aside (the allocator's arenas, its stack), in bytes.
 const THREAD_SPACE: u64 = 192 << 20;
 /// Descriptors beside the items: the worker's own and scratch of archive readers.
@@ -139,9 +139,7 @@ impl Frame {
     /// each (a container and what is taken out of it), but at most half of this machine's memory.
     pub fn new(threads: usize, nice: i32, limits: &ScanLimits) -> Self {
         let machine = rustix::system::sysinfo();
-        // The fields are as wide as the processor's words.
-        let memory =
-            u64::try_from(machine.totalram).unwrap_or(u64::MAX).saturating_mul(machine.mem_unit.into());
+        let memory = machine.totalram.saturating_mul(machine.mem_unit.into());
         Self::within(threads, nice, limits, memory)
     }
 
@@ -330,7 +328,7 @@ fn landlock() -> (State, State) {
     (files, network)
 }
 
-/// The first parts of the address space that a 32-bit processor has are too small for this program.
+// The address space of a 32-bit processor is smaller than these ceilings.
 const _: () = assert!(size_of::<usize>() == 8, "ceilings are those of a 64-bit processor");
 
 #[cfg(test)]

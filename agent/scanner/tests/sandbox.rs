@@ -61,6 +61,8 @@ fn what_scanning_needs_works() {
     for how in ["free", "landlock", "sealed"] {
         works(how, "nothing");
         works(how, "work");
+        // A panic ends a worker by this: it must stay one.
+        assert_eq!(escape(how, "abort").status.signal(), Some(6), "{how}");
     }
 }
 
@@ -342,4 +344,20 @@ fn a_pattern_that_ends_the_worker_that_loads_it_is_refused_by_name() {
     ScanPool::start(&program("large"), &patterns, options(limits)).unwrap();
     let error = ScanPool::start(&small("large-small", 16), &patterns, options(limits)).unwrap_err();
     assert!(matches!(&error, StartError::Refused { name, .. } if name == "large"), "{error:?}");
+}
+
+#[test]
+fn a_worker_that_is_killed_once_while_it_loads_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let mark = folder.path().join("was-here");
+    // The first one ends before it has said anything; `mkdir` works once.
+    let script = format!("mkdir {} && kill -9 $$; exec \"$0\"", mark.display());
+    let program = WorkerProgram {
+        path: PathBuf::from("/bin/sh"),
+        args: ["-c", &script, env!("CARGO_BIN_EXE_tm-scan-worker")].map(str::to_owned).into(),
+    };
+    let (results, _) =
+        scan(&program, &[pattern("m", MARKER)], ScanLimits::default(), vec![file(b"needle-47")]);
+    assert!(mark.exists());
+    assert_eq!(results[0].findings.matches.len(), 1);
 }

@@ -43,14 +43,15 @@ fn restrict(how: &str) -> io::Result<()> {
 fn attempt(what: &str) -> io::Result<()> {
     match what {
         "nothing" => Ok(()),
+        "abort" => std::process::abort(),
         "read" => File::open("/etc/passwd")?.read_exact(&mut [0]),
         "write" => {
             File::create(std::env::temp_dir().join(format!("escape-{}", std::process::id()))).map(drop)
         }
-        "remove" => std::fs::remove_file("/nonexistent/file").or_else(|error| match error.kind() {
-            io::ErrorKind::NotFound => Ok(()),
-            _ => Err(error),
-        }),
+        "remove" => match std::fs::remove_file("/nonexistent/file") {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        },
         "list" => std::fs::read_dir("/").map(drop),
         "openat2" => rustix::fs::openat2(
             rustix::fs::CWD,
