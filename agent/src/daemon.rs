@@ -28,6 +28,7 @@ use tm_protocol::{
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 use uuid::Uuid;
@@ -50,8 +51,6 @@ use crate::{
 const WELCOME: Duration = Duration::from_secs(15);
 /// How often facts are looked at again.
 const INVENTORY: Duration = Duration::from_secs(60);
-/// How long looking at them may hold the session up.
-const LOOK: Duration = Duration::from_secs(5);
 /// A session that lasted this long starts the waits anew.
 const GOOD_SESSION: Duration = Duration::from_secs(60);
 /// The longest silence before a link is given up, whatever the manager asks for.
@@ -93,8 +92,6 @@ pub(crate) enum DaemonError {
     Identity(#[from] crate::enroll::EnrollError),
     #[error("cannot open the journal in `{path}`")]
     Journal { path: String, source: std::io::Error },
-    #[error(transparent)]
-    Config(#[from] crate::config::ConfigError),
     #[error("cannot set up TLS")]
     Tls(#[source] rustls::Error),
     #[error("cannot listen to signals")]
@@ -104,7 +101,10 @@ pub(crate) enum DaemonError {
 /// Runs until it is told to end.
 pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
     let _lock = lock(&paths)?;
-    let config = Config::load(&paths)?;
+    let (config, config_fault) = match Config::load(&paths) {
+        Ok(config) => (config, None),
+        Err(error) => (Config::cautious(), Some(connection::chain(&error))),
+    };
     let enrolled = Enrolled::load(&paths)?;
     let control = Arc::new(enrolled.tls(ALPN_CONTROL).map_err(DaemonError::Tls)?);
     let bulk = Arc::new(enrolled.tls(ALPN_BULK).map_err(DaemonError::Tls)?);
@@ -126,6 +126,9 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
         nonce: rand::random(),
         shown: care::Shown::default(),
         last_care: None,
+        care: None,
+        look: None,
+        manager_offset_ms: None,
         config,
         clock_offset_ms: None,
         welcomed_at: None,
@@ -139,6 +142,10 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
         status,
     };
     agent.watch_clock();
+    if let Some(message) = config_fault {
+        tracing::error!("The settings are not used: {message}.");
+        agent.decide(Event::Notice { code: "config-invalid", message, count: 0 });
+    }
     agent.care();
     agent.write_status();
     acts.into_iter().for_each(|act| agent.perform(act));
@@ -182,10 +189,9 @@ fn lock(paths: &Paths) -> Result<File, DaemonError> {
         }
         Err(std::fs::TryLockError::Error(source)) => return Err(folder(source)),
     }
-    file.set_len(0)
-        .and_then(|()| file.rewind())
-        .and_then(|()| writeln!(file, "{}", std::process::id()))
-        .map_err(folder)?;
+    // For people who wonder who holds it; on a full disk it is held all the same.
+    let _ =
+        file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
     Ok(file)
 }
 
@@ -195,6 +201,10 @@ struct Agent {
     /// The vault as the manager was last told of it.
     shown: care::Shown,
     last_care: Option<Instant>,
+    care: Option<JoinHandle<()>>,
+    look: Option<JoinHandle<Inventory>>,
+    /// The manager's wall time less elapsed time, when it last welcomed us, in milliseconds.
+    manager_offset_ms: Option<i64>,
     config: Config,
     /// Wall time less elapsed time, when last looked at.
     clock_offset_ms: Option<i64>,
@@ -283,10 +293,8 @@ impl Agent {
             Opened::SentAway(goodbye) => return Ok(Ended::goodbye(goodbye)),
         };
         self.welcomed(address, &welcome);
-        let mut inventory = look().await;
-        if let Some(facts) = inventory.clone() {
-            send(&mut link, facts.into()).await?;
-        }
+        let mut inventory = None;
+        self.begin_look();
         let standing = Event::Connected { reports: welcome.stored_through, notices: welcome.notices_through };
         let acts = self.handle(standing);
         self.perform_all(acts, &mut link).await?;
@@ -330,6 +338,13 @@ impl Agent {
                         event(told).map(|event| self.handle(event)).unwrap_or_default()
                     }
                 },
+                facts = looked(&mut self.look) => {
+                    if let Some(fresh) = facts && inventory.as_ref() != Some(&fresh) {
+                        inventory = Some(fresh.clone());
+                        send(&mut link, fresh.into()).await?;
+                    }
+                    Vec::new()
+                }
                 () = tokio::time::sleep_until(wake.into()) => {
                     self.care();
                     self.watch_clock();
@@ -347,12 +362,7 @@ impl Agent {
             }
             if now >= last_look + INVENTORY {
                 last_look = now;
-                if let Some(fresh) = look().await
-                    && inventory.as_ref() != Some(&fresh)
-                {
-                    inventory = Some(fresh.clone());
-                    send(&mut link, fresh.into()).await?;
-                }
+                self.begin_look();
             }
         }
     }
@@ -374,6 +384,11 @@ impl Agent {
     fn welcomed(&mut self, address: &Address, welcome: &Welcome) {
         tracing::info!(%address, manager = %welcome.manager, "Connected.");
         self.welcomed_at = Some(Instant::now());
+        let offset_ms = welcome.clock_ms.saturating_sub(elapsed_ms(now()));
+        if self.manager_offset_ms.replace(offset_ms).is_none() {
+            // Now it can be told what is too old.
+            self.last_care = None;
+        }
         self.status.manager = Some(address.to_string());
         self.status.since = jiff::Timestamp::now().to_string();
         self.write_status();
@@ -402,9 +417,22 @@ impl Agent {
             return;
         }
         self.last_care = Some(Instant::now());
+        // One that is held up (a disk that hangs, a manager that is away) is not joined by others.
+        if self.care.as_ref().is_some_and(|care| !care.is_finished()) {
+            return;
+        }
         let (paths, limits) = (self.paths.clone(), self.config.vault);
         let (tell, shown) = (self.tell.clone(), self.shown.clone());
-        tokio::task::spawn_blocking(move || care::look_after(&paths, limits, &shown, &tell));
+        let now_ms = trusted_ms(now(), self.manager_offset_ms);
+        let care = move || care::look_after(&paths, limits, now_ms, &shown, &tell);
+        self.care = Some(tokio::task::spawn_blocking(care));
+    }
+
+    /// Looks at the endpoint's facts in a thread of its own. One that hangs (a mount) is not joined by others.
+    fn begin_look(&mut self) {
+        if self.look.is_none() {
+            self.look = Some(tokio::task::spawn_blocking(facts::inventory));
+        }
     }
 
     fn tick(&mut self) {
@@ -488,7 +516,7 @@ impl Agent {
     /// Tells the manager of a wall clock that jumped. Tasks do not depend on it; records do.
     fn watch_clock(&mut self) {
         let now = now();
-        let offset = now.unix_ms.saturating_sub(i64::try_from(now.elapsed_ms).unwrap_or(i64::MAX));
+        let offset = now.unix_ms.saturating_sub(elapsed_ms(now));
         let jump = offset.saturating_sub(self.clock_offset_ms.replace(offset).unwrap_or(offset));
         if jump.unsigned_abs() >= CLOCK_JUMP_MS {
             let direction = if jump > 0 { "forward" } else { "back" };
@@ -578,12 +606,46 @@ async fn send(link: &mut Link, message: ToManager) -> Result<(), ConnectError> {
     connection::write(link, &bytes).await
 }
 
-/// The endpoint's facts; `None` if they cannot be had in time (a mount that hangs), and the session goes on.
-async fn look() -> Option<Inventory> {
-    timeout(LOOK, tokio::task::spawn_blocking(facts::inventory)).await.ok()?.ok()
+/// The endpoint's facts, once they have been looked at; `None` if that failed. Safe to drop half-way.
+async fn looked(look: &mut Option<JoinHandle<Inventory>>) -> Option<Inventory> {
+    let Some(looking) = look else { return std::future::pending().await };
+    let facts = looking.await.ok();
+    *look = None;
+    facts
+}
+
+fn elapsed_ms(now: Now) -> i64 {
+    i64::try_from(now.elapsed_ms).unwrap_or(i64::MAX)
+}
+
+/// The wall time that things may be removed for good by: the earlier of this machine's and the manager's, so that
+/// neither clock alone can make everything old. `None` before a manager has told its time.
+fn trusted_ms(now: Now, manager_offset_ms: Option<i64>) -> Option<i64> {
+    Some(now.unix_ms.min(manager_offset_ms?.saturating_add(elapsed_ms(now))))
 }
 
 /// Between 80 and 120 percent, so that a fleet's heartbeats spread.
 fn jittered(heartbeat: Duration) -> Duration {
     heartbeat.mul_f64(0.8 + 0.4 * rand::random::<f64>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_clock_alone_makes_things_old() {
+        let (day, year) = (86_400_000, 365 * 86_400_000);
+        let at = |unix_ms| Now { elapsed_ms: 5_000, unix_ms };
+        for (local, manager_at_0, expected) in [
+            (day, None, None),
+            (day, Some(day - 5_000), Some(day)),
+            (day + year, Some(day - 5_000), Some(day)),
+            (day, Some(day + year), Some(day)),
+            (day, Some(i64::MAX), Some(day)),
+            (day, Some(i64::MIN), Some(i64::MIN + 5_000)),
+        ] {
+            assert_eq!(trusted_ms(at(local), manager_at_0), expected, "{local} {manager_at_0:?}");
+        }
+    }
 }

@@ -71,19 +71,27 @@ pub(crate) fn make_folder(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Writes a file whole: beside its place, to disk, then into its place.
+/// Writes a file whole: beside its place, to disk, then into its place. On a full disk nothing is left of it.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
+    let replaced = write_and_move(&beside, path, content);
+    if replaced.is_err() {
+        let _ = fs::remove_file(&beside);
+    }
+    replaced
+}
+
+fn write_and_move(beside: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
         .custom_flags(libc_nofollow())
-        .open(&beside)?;
+        .open(beside)?;
     file.write_all(content)?;
     file.sync_all()?;
-    fs::rename(&beside, path)?;
+    fs::rename(beside, path)?;
     sync_folder(path.parent().unwrap_or(path))
 }
 

@@ -11,7 +11,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io,
+    io::{self, Read as _},
     ops::Range,
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::Path,
@@ -57,14 +57,18 @@ impl RecordFile {
     /// Opens or creates the file and reads all of it. Nothing is written.
     ///
     /// # Errors
-    /// If the file cannot be opened or read, or is larger than a gibibyte.
+    /// If the file cannot be opened or read, is no regular file, or is larger than a gibibyte.
     pub(crate) fn open(path: &Path) -> io::Result<(Self, Vec<Stretch>)> {
         let file = options().create(true).open(path)?;
-        let size = file.metadata()?.len();
-        if size > MAX_FILE {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+        }
+        if metadata.len() > MAX_FILE {
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is larger than 1 GiB"));
         }
-        let bytes = fs::read(path)?;
+        let mut bytes = Vec::new();
+        (&file).read_to_end(&mut bytes)?;
         let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
         let stretches = stretches(bytes.get(..end).unwrap_or_default());
         Ok((Self { file, end: wide(end), room: wide(bytes.len()) }, stretches))
@@ -141,6 +145,19 @@ impl RecordFile {
         let mut bytes = vec![0; place.len.try_into().unwrap_or(usize::MAX)];
         self.file.read_exact_at(&mut bytes, place.offset)?;
         unframe(&bytes).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a record is damaged"))
+    }
+
+    /// Takes back what was appended since [`RecordFile::len`] was `len`.
+    ///
+    /// # Errors
+    /// If the file cannot be cut off there.
+    pub(crate) fn cut(&mut self, len: u64) -> io::Result<()> {
+        if len < self.end {
+            self.file.set_len(len)?;
+            self.end = len;
+            self.room = len;
+        }
+        Ok(())
     }
 
     /// How much of the file is in use, in bytes.

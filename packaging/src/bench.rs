@@ -4,6 +4,7 @@
 //! come with the facts of the machine and the build they were measured with.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{self, BufRead as _, BufReader, Write as _},
     net::TcpStream,
@@ -36,6 +37,37 @@ pub(crate) struct Push {
     /// Measure the unoptimized build, which is there sooner and several times slower.
     #[arg(long)]
     dev: bool,
+    /// How the figures are printed.
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    output: Format,
+}
+
+/// How figures are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// For people.
+    Table,
+    /// One object, for programs.
+    Json,
+}
+
+/// What was measured.
+#[derive(Debug)]
+struct Figures {
+    rounds: Vec<Round>,
+    /// Tasks whose end the manager does not have in its log.
+    lost: u64,
+    /// Resident memory of the manager at the end.
+    resident_kib: Option<u64>,
+}
+
+/// One task for every agent.
+#[derive(Debug, Clone, Copy)]
+struct Round {
+    /// CPU of the manager per task and agent, in microseconds.
+    cpu_us: f64,
+    /// From the order to the last acknowledgement of an end.
+    last_ms: u64,
 }
 
 /// Orders one scan for every agent at a time, and measures until the last end of a task is acknowledged.
@@ -76,20 +108,59 @@ pub(crate) fn push(what: Push) -> anyhow::Result<()> {
         simulator.line()? == "connected",
         "the simulator says something else than that all are connected"
     );
-    let mut figures = Vec::new();
+    let mut rounds = Vec::new();
+    let mut ordered = BTreeSet::new();
     for round in 1..=what.rounds {
         let (cpu, begin) = (cpu_us(manager.pid())?, now_ms()?);
-        tmctl(&["scan", "start", "--group", "default", "--path", "/nowhere"])?;
+        let made = tmctl(&["scan", "start", "--group", "default", "--path", "/nowhere", "-o", "json"])?;
         let line = simulator.line()?;
         let cpu = cpu_us(manager.pid())? - cpu;
-        let last: u128 = line
+        let last: u64 = line
             .strip_prefix(&format!("round {round} "))
             .and_then(|ms| ms.parse().ok())
             .with_context(|| format!("the simulator says `{line}`"))?;
-        figures.push((cpu / f64::from(what.agents), last.saturating_sub(begin)));
+        ordered.append(&mut texts(&made, "id")?.into_iter().collect());
+        rounds.push(Round { cpu_us: cpu / f64::from(what.agents), last_ms: last.saturating_sub(begin) });
     }
     manager.check()?;
-    table(what, &figures, manager.pid())
+    let resident_kib = resident_kib(manager.pid());
+    ensure!(
+        ordered.len() == usize::try_from(what.agents * what.rounds)?,
+        "{} tasks were ordered for {} agents in {} rounds",
+        ordered.len(),
+        what.agents,
+        what.rounds
+    );
+    let log = tmctl(&[
+        "event",
+        "list",
+        "--all",
+        "--kind",
+        "scan-administrator",
+        "--status",
+        "scanned",
+        "-o",
+        "json",
+    ])?;
+    let ended = texts(&log, "task")?;
+    let distinct: BTreeSet<&String> = ended.iter().collect();
+    ensure!(distinct.len() == ended.len(), "{} tasks ended twice", ended.len() - distinct.len());
+    let lost = u64::try_from(ordered.iter().filter(|task| !distinct.contains(task)).count())?;
+    let figures = Figures { rounds, lost, resident_kib };
+    match what.output {
+        Format::Table => table(what, &figures)?,
+        Format::Json => json(what, &figures)?,
+    }
+    ensure!(lost == 0, "{lost} tasks have no end");
+    Ok(())
+}
+
+/// A text of every row of a JSON list.
+fn texts(rows: &str, key: &str) -> anyhow::Result<Vec<String>> {
+    let rows: Vec<Value> = serde_json::from_str(rows).context("not a list")?;
+    rows.iter()
+        .map(|row| row[key].as_str().map(str::to_owned).with_context(|| format!("a row has no `{key}`")))
+        .collect()
 }
 
 fn build(dev: bool) -> anyhow::Result<PathBuf> {
@@ -165,32 +236,70 @@ fn ticks_per_second() -> f64 {
     rustix::param::clock_ticks_per_second() as f64
 }
 
-fn now_ms() -> anyhow::Result<u128> {
-    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).context("the clock is set")?.as_millis())
+fn now_ms() -> anyhow::Result<u64> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).context("the clock is set")?;
+    Ok(u64::try_from(now.as_millis())?)
 }
 
-fn table(what: Push, figures: &[(f64, u128)], manager: u32) -> anyhow::Result<()> {
+fn table(what: Push, figures: &Figures) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    let build = if what.dev { "dev (unoptimized)" } else { "release" };
-    writeln!(out, "{}, {build} build", machine())?;
+    writeln!(out, "{}, {} build", machine(), build_name(what))?;
     writeln!(
         out,
         "one scan for each of {} agents by REST, accepted, started and finished at once\n",
         what.agents
     )?;
     writeln!(out, "{:>5}  {:>28}  {:>17}", "round", "server CPU per task and agent", "last ack")?;
-    for (round, (cpu, latency)) in (1..).zip(figures) {
-        writeln!(out, "{round:>5}  {cpu:>26.0} µs  {latency:>14} ms")?;
+    for (number, round) in (1..).zip(&figures.rounds) {
+        writeln!(out, "{number:>5}  {:>26.0} µs  {:>14} ms", round.cpu_us, round.last_ms)?;
     }
-    let mut all: Vec<f64> = figures.iter().map(|(cpu, _)| *cpu).collect();
-    all.sort_unstable_by(f64::total_cmp);
-    let median = all.get(all.len() / 2).copied().unwrap_or_default();
+    let median = figures.cpu_us();
     let verdict = if median <= FLOOR_US { "holds" } else { "is missed" };
-    writeln!(out, "\nmedian {median:.0} µs; the floor of {FLOOR_US:.0} µs {verdict}")?;
-    if let Some(resident) = resident_kib(manager) {
+    writeln!(out, "\nmedian {median:.0} µs and {} ms; {} lost", figures.last_ms(), figures.lost)?;
+    writeln!(out, "the floor of {FLOOR_US:.0} µs {verdict}")?;
+    if let Some(resident) = figures.resident_kib {
         writeln!(out, "manager memory at the end: {} MiB", resident / 1024)?;
     }
     Ok(())
+}
+
+fn json(what: Push, figures: &Figures) -> anyhow::Result<()> {
+    let rounds: Vec<Value> = figures
+        .rounds
+        .iter()
+        .map(|round| serde_json::json!({ "cpu_us_per_task": round.cpu_us, "last_ms": round.last_ms }))
+        .collect();
+    let object = serde_json::json!({
+        "machine": machine(),
+        "build": build_name(what),
+        "agents": what.agents,
+        "push_last_ms": figures.last_ms(),
+        "push_cpu_us_per_task": figures.cpu_us(),
+        "lost": figures.lost,
+        "rounds": rounds,
+        "resident_kib": figures.resident_kib,
+    });
+    writeln!(io::stdout(), "{object:#}").context("cannot print")
+}
+
+impl Figures {
+    /// The median over the rounds.
+    fn cpu_us(&self) -> f64 {
+        let mut all: Vec<f64> = self.rounds.iter().map(|round| round.cpu_us).collect();
+        all.sort_unstable_by(f64::total_cmp);
+        all.get(all.len() / 2).copied().unwrap_or_default()
+    }
+
+    /// The median over the rounds.
+    fn last_ms(&self) -> u64 {
+        let mut all: Vec<u64> = self.rounds.iter().map(|round| round.last_ms).collect();
+        all.sort_unstable();
+        all.get(all.len() / 2).copied().unwrap_or_default()
+    }
+}
+
+const fn build_name(what: Push) -> &'static str {
+    if what.dev { "dev (unoptimized)" } else { "release" }
 }
 
 fn machine() -> String {
@@ -210,6 +319,14 @@ fn resident_kib(pid: u32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_are_of_the_round_in_the_middle() {
+        let round = |cpu_us, last_ms| Round { cpu_us, last_ms };
+        let rounds = vec![round(9.0, 1), round(1.0, 3), round(2.0, 2)];
+        let figures = Figures { rounds, lost: 0, resident_kib: None };
+        assert_eq!((figures.cpu_us(), figures.last_ms()), (2.0, 2));
+    }
 
     #[test]
     fn time_is_read_behind_any_name() {

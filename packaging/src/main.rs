@@ -23,7 +23,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a manager and two agents on this machine and find a test virus with them.
+    /// Run a manager and two agents on this machine and find, remove and bring back a test virus with them.
     Demo {
         /// End after the last step; exit 0 only if every step was verified.
         #[arg(long)]

@@ -8,7 +8,7 @@ use std::{
     fs::{self, File},
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -67,10 +67,14 @@ pub(crate) struct Background {
 }
 
 impl Background {
-    /// Starts `command`, with its output in `log`.
+    /// Starts `command`, with its output at the end of `log`.
     pub(crate) fn start(name: &str, mut command: Command, log: PathBuf) -> anyhow::Result<Self> {
         use std::os::unix::process::CommandExt as _;
-        let file = File::create(&log).with_context(|| format!("cannot write `{}`", log.display()))?;
+        let file = File::options()
+            .append(true)
+            .create(true)
+            .open(&log)
+            .with_context(|| format!("cannot write `{}`", log.display()))?;
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone().context("cannot share the log")?)
@@ -91,6 +95,12 @@ impl Background {
         let lines: Vec<&str> = log.lines().collect();
         let end = lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n");
         bail!("{} has ended ({status}); the end of its log:\n{end}", self.name)
+    }
+
+    /// Ends it at once (SIGKILL); how it ended.
+    pub(crate) fn kill9(mut self) -> anyhow::Result<ExitStatus> {
+        self.child.kill().with_context(|| format!("cannot kill {}", self.name))?;
+        self.child.wait().with_context(|| format!("cannot wait for {}", self.name))
     }
 
     /// Its process id.

@@ -387,6 +387,7 @@ fn a_cleanup_that_is_called_off_keeps_what_it_took() {
     assert_eq!(task["result"]["left"].as_u64().unwrap(), u64::try_from(left).unwrap(), "{task}");
     assert!(left > 0, "control: it was called off in the middle");
     wait_for("the vault's list", PATIENCE, || (vault(&lab).len() == files - left).then_some(()));
+    lab.wait_connected(&agent);
     // The rest waits for a person again, and is removed by the next order.
     assert_eq!(count_of(&lab, "needs-cleanup") + count_of(&lab, "unresolved"), 1);
     clean(&lab, &agent, &[]).expect(0);

@@ -15,6 +15,7 @@ mod standalone;
 mod tasks;
 mod tmctl;
 mod vault;
+mod walk;
 
 use std::collections::BTreeSet;
 

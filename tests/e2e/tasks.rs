@@ -217,6 +217,23 @@ fn a_damaged_journal_starts_and_is_reported() {
 }
 
 #[test]
+fn settings_that_are_not_right_stop_no_agent_and_are_reported() {
+    let lab = Lab::start();
+    let mut agent = lab.agent();
+    lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
+    let dirty = folder(&lab, "dirty", 1);
+    agent.stop();
+    fs::write(agent.data.join("agent.toml"), "[vault]\nretention = \"soon\"\n").unwrap();
+    agent.run();
+    lab.wait_connected(&agent);
+    lab.scan(&agent, &dirty).expect(10);
+    wait_for("the manager to know", PATIENCE, || {
+        let events = rows(&lab.tmctl(["event", "list", "-o", "json"]).expect(0).json());
+        events.iter().any(|event| event.to_string().contains("vault.retention")).then_some(())
+    });
+}
+
+#[test]
 fn a_clock_that_jumps_neither_loses_a_task_nor_ends_it_early() {
     let lab = Lab::start();
     let mut agent = lab.agent();
@@ -348,4 +365,30 @@ fn an_order_for_an_agent_that_is_away_is_called_off_at_once() {
     lab.wait_connected(&agent);
     lab.scan(&agent, &dirty).expect(10);
     assert!(detections(&lab, &id).is_empty(), "it was never begun");
+}
+
+#[test]
+fn a_clock_that_is_months_ahead_does_not_empty_the_vault() {
+    let lab = Lab::start();
+    let mut agent = lab.agent();
+    let bad = lab.path("bad");
+    fs::write(&bad, samples::eicar()).unwrap();
+    agent.stop();
+    let put = agent.command(&["vault", "put", bad.to_str().unwrap()]).expect(0);
+    assert!(!put.out().is_empty());
+    let held = || rows(&lab.tmctl(["vault", "list", "-o", "json"]).expect(0).json()).len();
+    let control = lab.path("clock");
+    fs::write(&control, "+60d").unwrap();
+    fs::write(agent.data.join("agent.toml"), "[vault]\nretention = \"30d\"").unwrap();
+    agent.run_with_clock(&control);
+    lab.wait_connected(&agent);
+    wait_for("the manager to hear of the vault", PATIENCE, || (held() == 1).then_some(()));
+    agent.stop();
+    let list = agent.command(&["vault", "list", "-o", "json"]).expect(0).json();
+    assert_eq!(list.as_array().unwrap().len(), 1, "{list}");
+    // The control: with a clock that agrees with the manager's, what is too old goes.
+    fs::write(agent.data.join("agent.toml"), "[vault]\nretention = \"1s\"").unwrap();
+    agent.run();
+    lab.wait_connected(&agent);
+    wait_for("the vault to be emptied", Duration::from_secs(120), || (held() == 0).then_some(()));
 }

@@ -271,6 +271,10 @@ async fn pump(
             let _ = to.shutdown().await;
             return;
         }
+        // What was read as the hold began is held like what comes after it.
+        if rules.wait_for(|rules| !rules.holds(way)).await.is_err() {
+            return;
+        }
         if to.write_all(&chunk[..n]).await.is_err() {
             return;
         }

@@ -7,6 +7,7 @@
 //! removed with the value that owns them.
 
 pub mod fault_proxy;
+pub mod fuse;
 pub mod lab;
 pub mod output;
 pub mod process;

@@ -43,6 +43,9 @@ const GRACE_MS: u64 = 1000;
 /// Workers that may die one after the other without a single item done before the rest is given up.
 const FRUITLESS: u32 = 3;
 
+/// Workers that may wait for ever for file systems that do not answer, before the rest is given up.
+const UNENDING: u32 = 8;
+
 /// The program to start as a worker: normally this very executable with its hidden `scan-worker` verb.
 #[derive(Debug, Clone)]
 pub struct WorkerProgram {
@@ -214,6 +217,8 @@ struct Supervisor {
     watched_ms: u64,
     /// Workers that were started since the last item was done.
     fruitless: u32,
+    /// Workers that could not be ended.
+    unending: u32,
 }
 
 /// What to do with the worker after a turn.
@@ -247,6 +252,7 @@ impl Supervisor {
             solo: None,
             watched_ms: 0,
             fruitless: 0,
+            unending: 0,
         }
     }
 
@@ -257,18 +263,21 @@ impl Supervisor {
                 Turn::End => {
                     worker.close();
                     let idle = self.out.is_empty() && !self.shared.cancelled.load(Ordering::Acquire);
-                    let cpu = if idle { worker.reap() } else { worker.kill() };
+                    let cpu = if idle { worker.reap() } else { worker.kill().cpu_ms };
                     return self.past(cpu);
                 }
                 Turn::Replace(lost, reason) => {
                     let in_hand: Vec<u64> = worker.busy().into_iter().map(|(id, _)| id).collect();
                     // Answers that were on their way count: only what has none is tried again.
                     let answers = worker.answers.clone();
-                    let cpu = worker.kill();
-                    for answer in answers {
-                        self.take(answer);
+                    let ended = worker.kill();
+                    if ended.is_gone {
+                        answers.iter().for_each(|answer| self.take(answer));
+                    } else {
+                        answers.try_iter().for_each(|answer| self.take(answer));
+                        self.unending += 1;
                     }
-                    self.past(cpu);
+                    self.past(ended.cpu_ms);
                     self.sort_out(&lost, reason, &in_hand);
                     if reason == SkipReason::Timeout {
                         self.fruitless = 0;
@@ -423,12 +432,16 @@ impl Supervisor {
 
     /// After a worker's end: reports what had its last chance, and queues the rest again.
     fn sort_out(&mut self, lost: &[u64], reason: SkipReason, in_hand: &[u64]) {
+        let timed_out = reason == SkipReason::Timeout;
         for id in lost {
-            if self.out.remove(id).is_some() {
+            if let Some(file) = self.out.remove(id) {
+                if timed_out {
+                    // A file system that does not answer may make even closing wait.
+                    let _ = thread::Builder::new().name("scan-close".to_owned()).spawn(move || drop(file));
+                }
                 self.lose(*id, reason);
             }
         }
-        let timed_out = reason == SkipReason::Timeout;
         for (id, file) in std::mem::take(&mut self.out) {
             // A worker that was killed for one late item says nothing against its other threads' items.
             if in_hand.contains(&id) && !timed_out {
@@ -441,7 +454,8 @@ impl Supervisor {
     }
 
     fn replacement(&mut self) -> Option<Worker> {
-        while self.fruitless < FRUITLESS && !self.shared.cancelled.load(Ordering::Acquire) {
+        let is_bounded = self.unending < UNENDING;
+        while is_bounded && self.fruitless < FRUITLESS && !self.shared.cancelled.load(Ordering::Acquire) {
             self.fruitless += 1;
             match load(&self.program, &self.setup, &self.names) {
                 Ok(worker) => return Some(worker),

@@ -7,6 +7,7 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     process::{Child, Command, Stdio},
     thread,
+    time::{Duration, Instant},
 };
 
 use crossbeam_channel::{Receiver, bounded};
@@ -16,6 +17,7 @@ use rustix::{
         AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
         sendmsg, socketpair,
     },
+    process::{WaitId, WaitIdOptions},
 };
 
 use crate::{
@@ -25,6 +27,9 @@ use crate::{
 
 /// Answers that wait for the parent; a worker that is further ahead waits in its pipe.
 const ANSWERS: usize = 1024;
+
+/// How long a killed worker may take to end.
+const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// A running worker.
 pub(crate) struct Worker {
@@ -102,26 +107,48 @@ impl Worker {
         self.socket = None;
     }
 
-    /// Ends it now and returns the CPU time it took, in milliseconds.
-    pub(crate) fn kill(mut self) -> u64 {
+    /// Ends it now. One that waits for a file system that does not answer cannot be ended; it is left to a thread
+    /// that waits for it as long as that takes.
+    pub(crate) fn kill(mut self) -> Ended {
         // The process is a child that has not been waited for: the number cannot belong to another one.
         let _ = self.child.kill();
-        self.reap()
+        self.socket = None;
+        let killed = Instant::now();
+        while killed.elapsed() < LAST_CALL {
+            if self.has_ended(WaitIdOptions::NOHANG) {
+                return Ended { cpu_ms: self.reap(), is_gone: true };
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        let cpu_ms = self.cpu_ms();
+        // Without a thread it stays a zombie until this process ends.
+        let _ = thread::Builder::new().name("scan-reaper".to_owned()).spawn(move || self.child.wait());
+        Ended { cpu_ms, is_gone: false }
     }
 
     /// Waits for its end (its answers have ended) and returns the CPU time it took, in milliseconds.
     pub(crate) fn reap(&mut self) -> u64 {
         self.socket = None;
         // A zombie still shows its times; once it is waited for they are gone.
-        let id = rustix::process::Pid::from_child(&self.child);
-        let _ = rustix::process::waitid(
-            rustix::process::WaitId::Pid(id),
-            rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
-        );
+        self.has_ended(WaitIdOptions::empty());
         let cpu_ms = self.cpu_ms();
         let _ = self.child.wait();
         cpu_ms
     }
+
+    fn has_ended(&self, options: WaitIdOptions) -> bool {
+        let id = rustix::process::Pid::from_child(&self.child);
+        let options = options | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        matches!(rustix::process::waitid(WaitId::Pid(id), options), Ok(Some(_)))
+    }
+}
+
+/// What became of a worker that was killed.
+pub(crate) struct Ended {
+    /// The CPU time it took, in milliseconds.
+    pub(crate) cpu_ms: u64,
+    /// It has ended; if not, its pipe may never end either.
+    pub(crate) is_gone: bool,
 }
 
 /// Fields 14 and 15 of `/proc/PID/stat` (proc(5)): user and system time in clock ticks.

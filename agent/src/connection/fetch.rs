@@ -1,9 +1,19 @@
 //! Patterns, fetched by digest from the manager in use and kept.
 //!
+//! On disk, `patterns/<sha256>`: the bytes. Those used least recently go when there are too many.
+//!
 //! **Invariant:** bytes are used only if they are exactly those that the order names.
+//! **Invariant:** the folder holds at most [`MAX_KEPT`] bytes, and the pattern that was kept last.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{
+    fs::{self, File},
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustls::ClientConfig;
 use tm_patterns::{MAX_SIZE, Pattern};
 use tm_protocol::{address::Address, ids::Sha256, report::Failure, task::PatternRef};
@@ -17,6 +27,8 @@ use crate::{
     paths::{Paths, make_folder, replace},
 };
 
+/// Most bytes of patterns that are kept.
+const MAX_KEPT: u64 = 512 << 20;
 /// How long one pattern may take.
 const TRANSFER: Duration = Duration::from_secs(300);
 /// Longest header line and most lines of an answer.
@@ -34,9 +46,9 @@ pub(crate) async fn pattern(
         let from = address.map(|address| format!(" from {address}")).unwrap_or_default();
         Failure::new("pattern-fetch-failed", format!("cannot fetch pattern `{}`{from}: {why}", wanted.name))
     };
-    let kept = paths.patterns().join(wanted.sha256.to_string());
     // A kept file that was changed is no longer what its name says, and is fetched again.
-    if let Some(pattern) = fs::read(&kept).ok().and_then(|bytes| Pattern::verified(wanted, bytes).ok()) {
+    let (folder, order) = (paths.clone(), wanted.clone());
+    if let Some(pattern) = aside(move || read(&folder, &order)).await.flatten() {
         return Ok(pattern);
     }
     let length = usize::try_from(wanted.size).ok().filter(|size| *size <= MAX_SIZE);
@@ -47,18 +59,78 @@ pub(crate) async fn pattern(
         Ok(Err(why)) => return Err(failed(why)),
         Err(_) => return Err(failed(format!("not complete after {} s", TRANSFER.as_secs()))),
     };
-    let pattern = Pattern::verified(wanted, bytes.clone()).map_err(|error| failed(error.to_string()))?;
-    make_folder(&paths.patterns()).and_then(|()| replace(&kept, &bytes)).map_err(|error| {
-        Failure::new("pattern-not-kept", format!("cannot keep pattern `{}`: {error}", wanted.name))
-    })?;
-    Ok(pattern)
+    let (folder, order) = (paths.clone(), wanted.clone());
+    let checked = aside(move || {
+        let pattern = Pattern::verified(&order, bytes)?;
+        // It can be used without being kept: a full disk stands in the way of no scan.
+        if let Err(error) = keep(&folder, &pattern, MAX_KEPT) {
+            tracing::warn!(%error, sha256 = %order.sha256, "Cannot keep a pattern.");
+        }
+        Ok::<_, tm_patterns::InvalidPattern>(pattern)
+    });
+    match checked.await {
+        Some(Ok(pattern)) => Ok(pattern),
+        Some(Err(error)) => Err(failed(error.to_string())),
+        None => Err(failed("it could not be checked".to_owned())),
+    }
 }
 
-/// A pattern that was fetched before and is kept whole; `None` if it is not.
+/// A pattern that was fetched before and is kept whole; `None` if it is not. Blocks.
 pub(crate) fn kept(paths: &Paths, sha256: Sha256) -> Option<Pattern> {
-    let bytes = fs::read(paths.patterns().join(sha256.to_string())).ok()?;
-    let size = u64::try_from(bytes.len()).ok()?;
-    Pattern::verified(&PatternRef { sha256, size, name: sha256.to_string() }, bytes).ok()
+    let size = fs::metadata(place(paths, sha256)).ok()?.len();
+    read(paths, &PatternRef { sha256, size, name: sha256.to_string() })
+}
+
+fn place(paths: &Paths, sha256: Sha256) -> PathBuf {
+    paths.patterns().join(sha256.to_string())
+}
+
+fn read(paths: &Paths, wanted: &PatternRef) -> Option<Pattern> {
+    let path = place(paths, wanted.sha256);
+    if usize::try_from(fs::metadata(&path).ok()?.len()).ok()? > MAX_SIZE {
+        return None;
+    }
+    let pattern = Pattern::verified(wanted, fs::read(&path).ok()?).ok()?;
+    // By this it is known which are in use; without it one is fetched again some day.
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let as_it_is = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+    if let Ok(file) = File::open(&path) {
+        let _ = rustix::fs::futimens(&file, &Timestamps { last_access: as_it_is, last_modification: now });
+    }
+    Some(pattern)
+}
+
+/// Keeps a pattern, and lets others go so that there are no more than `most` bytes.
+fn keep(paths: &Paths, pattern: &Pattern, most: u64) -> io::Result<()> {
+    make_folder(&paths.patterns())?;
+    let path = place(paths, pattern.sha256());
+    let mut others: Vec<(SystemTime, u64, PathBuf)> = fs::read_dir(paths.patterns())?
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let metadata = entry.metadata().ok()?;
+            Some((metadata.modified().ok()?, metadata.len(), entry.path()))
+        })
+        .filter(|(_, _, other)| *other != path)
+        .collect();
+    others.sort_unstable();
+    let mut bytes = others.iter().map(|(_, len, _)| len).sum::<u64>() + wide(pattern.text().len());
+    for (_, len, other) in others {
+        if bytes <= most {
+            break;
+        }
+        fs::remove_file(other)?;
+        bytes -= len;
+    }
+    replace(&path, pattern.text().as_bytes())
+}
+
+/// Runs what blocks away from the threads that keep the link; `None` if it panics.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(work).await.ok()
+}
+
+fn wide(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
 }
 
 async fn get(
@@ -105,4 +177,51 @@ async fn line(link: &mut BufReader<connection::Link>) -> Result<String, String> 
     let text = line.strip_suffix(b"\n").ok_or("the answer breaks off")?;
     let text = text.strip_suffix(b"\r").unwrap_or(text);
     Ok(String::from_utf8_lossy(text).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pattern(n: usize) -> Pattern {
+        Pattern::new(format!("p{n}"), format!("{n:0100}").into_bytes()).unwrap()
+    }
+
+    #[test]
+    fn the_folder_of_patterns_does_not_grow_for_ever_and_keeps_what_is_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::new(folder.path().to_path_buf());
+        let used = pattern(0);
+        keep(&paths, &used, 1000).unwrap();
+        fs::write(paths.patterns().join("left-over.new"), [0; 300]).unwrap();
+        for n in 1..50 {
+            let new = pattern(n);
+            keep(&paths, &new, 1000).unwrap();
+            assert_eq!(kept(&paths, new.sha256()).unwrap().text(), new.text());
+            assert!(kept(&paths, used.sha256()).is_some(), "after {n}");
+            // Times of files are no finer than some milliseconds.
+            std::thread::sleep(Duration::from_millis(12));
+        }
+        let files = fs::read_dir(paths.patterns()).unwrap().map(|entry| entry.unwrap());
+        assert_eq!(files.map(|file| file.metadata().unwrap().len()).sum::<u64>(), 1000);
+        assert!(kept(&paths, pattern(1).sha256()).is_none(), "the oldest went");
+        // One that is larger than all that is kept is kept alone.
+        keep(&paths, &pattern(99), 10).unwrap();
+        assert!(kept(&paths, pattern(99).sha256()).is_some());
+        assert_eq!(fs::read_dir(paths.patterns()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_was_changed_or_is_too_large_is_not_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::new(folder.path().to_path_buf());
+        let good = pattern(1);
+        keep(&paths, &good, 1000).unwrap();
+        assert!(kept(&paths, good.sha256()).is_some(), "the control");
+        let path = place(&paths, good.sha256());
+        fs::write(&path, "other").unwrap();
+        assert!(kept(&paths, good.sha256()).is_none());
+        File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
+        assert!(kept(&paths, good.sha256()).is_none());
+    }
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatxFlags},
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags},
     io::Errno,
 };
 
@@ -35,8 +35,21 @@ pub(crate) struct Facts {
     pub(crate) kind: Kind,
     device: u64,
     inode: u64,
+    /// How many names it has.
+    pub(crate) links: u64,
+    /// When it was last changed, and how large it was.
+    pub(crate) stamp: Stamp,
     /// The kernel's number of the mount it lies on, where the kernel tells (Linux 5.8).
-    mount: Option<u64>,
+    pub(crate) mount: Option<u64>,
+}
+
+/// Differs if content or attributes of a thing were changed between two looks, as far as the file system's
+/// clock can tell them apart. Times in seconds and nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Stamp {
+    size: u64,
+    modified: (i64, u32),
+    changed: (i64, u32),
 }
 
 /// Which object on disk a name stood for. Device numbers may change with a boot, inode numbers do not.
@@ -55,8 +68,17 @@ impl Facts {
     }
 
     /// Whether both are the same object on disk.
-    fn is_same_object(&self, other: &Self) -> bool {
+    pub(crate) fn is_same_object(&self, other: &Self) -> bool {
         self.kind == other.kind && self.device == other.device && self.inode == other.inode
+    }
+
+    /// Whether a mount lies between a folder and an entry of it, as far as the kernel tells; a subvolume is
+    /// taken for one where it does not tell mounts.
+    pub(crate) fn is_mounted_in(&self, folder: &Self) -> bool {
+        match (self.mount, folder.mount) {
+            (Some(mine), Some(theirs)) => mine != theirs,
+            (None, _) | (_, None) => self.device != folder.device,
+        }
     }
 
     /// Whether `other` lies on another file system. Both the device and the mount must differ: an overlay
@@ -118,6 +140,23 @@ impl Place {
         Ok(Self { folder: enter(parent)?, name })
     }
 
+    /// The same, name by name. `may_enter` is asked before a mount is entered, with the mount's number, and is
+    /// not asked where the kernel tells no numbers; `None` if it says no. Nothing of that mount was touched.
+    ///
+    /// # Errors
+    /// As [`Place::find`].
+    pub(crate) fn find_by_names(
+        path: &[u8],
+        may_enter: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Self>, Errno> {
+        if path.is_empty() {
+            return Err(Errno::NOENT);
+        }
+        let (parent, name) = split(path);
+        let name = name.map(|name| CString::new(name).map_err(|_| Errno::INVAL)).transpose()?;
+        Ok(enter_by_names(parent, may_enter)?.map(|folder| Self { folder, name }))
+    }
+
     /// The folder, as a place to start from.
     pub(crate) fn folder(&self) -> BorrowedFd<'_> {
         self.folder.as_fd()
@@ -177,12 +216,7 @@ pub(crate) fn facts_at(folder: impl AsFd, name: &CStr) -> Result<Facts, Errno> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
     match rustix::fs::statx(&folder, name, flags, wanted) {
-        Ok(stat) => Ok(Facts {
-            kind: kind(FileType::from_raw_mode(stat.stx_mode.into())),
-            device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
-            inode: stat.stx_ino,
-            mount: (stat.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(stat.stx_mnt_id),
-        }),
+        Ok(stat) => Ok(facts_with_mount(&stat)),
         // Kernels before 4.11, and sandboxes that do not know the call.
         Err(Errno::NOSYS | Errno::PERM) => {
             let stat = rustix::fs::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT)?;
@@ -192,16 +226,23 @@ pub(crate) fn facts_at(folder: impl AsFd, name: &CStr) -> Result<Facts, Errno> {
     }
 }
 
+/// On which mount `name` in `folder` lies, where the kernel tells. This is known even where the file system
+/// itself says nothing (somebody's FUSE mount shows its content to its owner only).
+pub(crate) fn mount_at(folder: impl AsFd, name: &CStr) -> Option<u64> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    // Asked for nothing else, such a file system does not refuse; the kernel tells the mount unasked.
+    let stat = rustix::fs::statx(folder, name, flags, StatxFlags::empty()).ok()?;
+    mount_of(&stat)
+}
+
 /// Facts of something open.
-fn facts_of(fd: impl AsFd) -> Result<Facts, Errno> {
+///
+/// # Errors
+/// If the system refuses.
+pub(crate) fn facts_of(fd: impl AsFd) -> Result<Facts, Errno> {
     let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
     match rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, wanted) {
-        Ok(stat) => Ok(Facts {
-            kind: kind(FileType::from_raw_mode(stat.stx_mode.into())),
-            device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
-            inode: stat.stx_ino,
-            mount: (stat.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(stat.stx_mnt_id),
-        }),
+        Ok(stat) => Ok(facts_with_mount(&stat)),
         Err(Errno::NOSYS | Errno::PERM) => Ok(facts_without_mount(&rustix::fs::fstat(&fd)?)),
         Err(errno) => Err(errno),
     }
@@ -299,11 +340,37 @@ const fn residence(magic: u32) -> Residence {
     }
 }
 
+fn facts_with_mount(stat: &Statx) -> Facts {
+    Facts {
+        kind: kind(FileType::from_raw_mode(stat.stx_mode.into())),
+        device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        inode: stat.stx_ino,
+        links: stat.stx_nlink.into(),
+        stamp: Stamp {
+            size: stat.stx_size,
+            modified: (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+            changed: (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+        },
+        mount: mount_of(stat),
+    }
+}
+
+fn mount_of(stat: &Statx) -> Option<u64> {
+    (stat.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(stat.stx_mnt_id)
+}
+
 fn facts_without_mount(stat: &rustix::fs::Stat) -> Facts {
     Facts {
         kind: kind(FileType::from_raw_mode(stat.st_mode)),
         device: stat.st_dev,
         inode: stat.st_ino,
+        #[expect(clippy::useless_conversion, reason = "narrower on some machines")]
+        links: stat.st_nlink.into(),
+        stamp: Stamp {
+            size: stat.st_size.try_into().unwrap_or(0),
+            modified: (stat.st_mtime, stat.st_mtime_nsec.try_into().unwrap_or(0)),
+            changed: (stat.st_ctime, stat.st_ctime_nsec.try_into().unwrap_or(0)),
+        },
         mount: None,
     }
 }
@@ -346,24 +413,46 @@ fn enter(path: &[u8]) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     match rustix::fs::openat2(CWD, path, flags, Mode::empty(), resolve) {
-        Err(Errno::NOSYS | Errno::PERM | Errno::NAMETOOLONG) => enter_by_names(path),
+        Err(Errno::NOSYS | Errno::PERM | Errno::NAMETOOLONG) => {
+            enter_by_names(path, &mut |_| true)?.ok_or(Errno::ACCESS)
+        }
         other => other,
     }
 }
 
-fn enter_by_names(path: &[u8]) -> Result<OwnedFd, Errno> {
+fn enter_by_names(path: &[u8], may_enter: &mut dyn FnMut(u64) -> bool) -> Result<Option<OwnedFd>, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let start: &CStr = if path.starts_with(b"/") { c"/" } else { c"." };
-    let start = rustix::fs::openat(CWD, start, flags, Mode::empty())?;
-    path.split(|b| *b == b'/').filter(|name| !name.is_empty()).try_fold(start, |folder, name| {
-        rustix::fs::openat(&folder, name, flags, Mode::empty()).map_err(|errno| {
+    let mut folder = rustix::fs::openat(CWD, start, flags, Mode::empty())?;
+    let mut mount = None;
+    let mut may_go_on = |folder: &OwnedFd| {
+        let now = mount_at_fd(folder);
+        let is_new = now != mount;
+        mount = now;
+        !is_new || now.is_none_or(&mut *may_enter)
+    };
+    if !may_go_on(&folder) {
+        return Ok(None);
+    }
+    for name in path.split(|b| *b == b'/').filter(|name| !name.is_empty()) {
+        folder = rustix::fs::openat(&folder, name, flags, Mode::empty()).map_err(|errno| {
             // The kernel says "no folder" of a link here; say which of the two it is.
             let is_link = errno == Errno::NOTDIR
                 && CString::new(name)
                     .is_ok_and(|name| facts_at(&folder, &name).is_ok_and(|f| f.kind == Kind::Symlink));
             if is_link { Errno::LOOP } else { errno }
-        })
-    })
+        })?;
+        if !may_go_on(&folder) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(folder))
+}
+
+/// On which mount something open lies, where the kernel tells.
+fn mount_at_fd(fd: impl AsFd) -> Option<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    mount_of(&rustix::fs::statx(fd, c"", flags, StatxFlags::empty()).ok()?)
 }
 
 /// Splits a path that is not empty into its folder and the last name, if it has one.
@@ -426,7 +515,8 @@ mod tests {
 
         assert_eq!(Place::find(&at("real/file")).unwrap().facts().unwrap().kind, Kind::Regular);
         assert_eq!(Place::find(&at("link")).unwrap().facts().unwrap().kind, Kind::Symlink);
-        for enter in [enter, enter_by_names] {
+        let by_names = |path: &[u8]| enter_by_names(path, &mut |_| true).map(Option::unwrap);
+        for enter in [&enter as &dyn Fn(&[u8]) -> Result<OwnedFd, Errno>, &by_names] {
             assert!(enter(&at("real")).is_ok());
             assert_eq!(enter(&at("link")).unwrap_err(), Errno::LOOP);
             assert_eq!(enter(&at("link/")).unwrap_err(), Errno::LOOP);

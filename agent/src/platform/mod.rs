@@ -5,4 +5,5 @@ pub(crate) mod create;
 pub(crate) mod critical;
 pub(crate) mod facts;
 pub(crate) mod fs;
+pub(crate) mod mounts;
 pub(crate) mod packages;

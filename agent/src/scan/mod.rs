@@ -6,36 +6,36 @@
 //! **Invariant:** this process opens files and never reads their content; the worker does.
 
 mod batch;
+mod ledger;
+mod links;
 pub(crate) mod standalone;
 mod walk;
 
 use std::{
-    collections::HashMap,
     num::NonZeroUsize,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
-    report::{Coverage, Detection, Failure, PathBytes, SkipReason, Skipped},
+    report::{Coverage, Detection, Failure, PathBytes, Skipped},
     task::ScanLimits,
 };
 use tm_scanner::{
-    item::{Findings, Item, ItemResult},
+    item::{Item, ItemResult},
     pool::{PoolOptions, ScanPool, StartError, WorkerProgram},
 };
 
 use crate::{
     platform::fs::Object,
-    scan::{batch::Batch, walk::Found},
+    scan::{batch::Batch, ledger::Ledger, walk::Found},
 };
 
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+/// How long one call to a file system may take, unless one file may take less.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a cancel may go unnoticed while no result comes.
 const CANCEL_EVERY: Duration = Duration::from_millis(100);
 
@@ -48,6 +48,8 @@ pub(crate) struct Order {
     pub(crate) patterns: Vec<Pattern>,
     /// How far to go with one file.
     pub(crate) limits: ScanLimits,
+    /// Go on into other file systems of this machine.
+    pub(crate) all_local: bool,
     /// Scanning threads in the worker, at least 1.
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
@@ -55,9 +57,9 @@ pub(crate) struct Order {
 }
 
 impl Order {
-    /// A scan on all cores that yields to whatever else the endpoint does.
+    /// A scan on all cores that yields to whatever else the endpoint does and stays on the paths' file systems.
     pub(crate) fn new(paths: Vec<PathBytes>, patterns: Vec<Pattern>, limits: ScanLimits) -> Self {
-        Self { paths, patterns, limits, threads: all_cores(), nice: 10 }
+        Self { paths, patterns, limits, all_local: false, threads: all_cores(), nice: 10 }
     }
 }
 
@@ -190,8 +192,8 @@ type Observer<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 /// The scan itself: one thread walks, this one takes the results. The worker's queue is bounded; while it is
 /// full, the walk waits.
 fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Coverage, Error> {
-    order.paths.iter().try_for_each(walk::check)?;
     let started = Instant::now();
+    walk::check(&order.paths, &|| cancel.load(Ordering::Relaxed))?;
     let options = PoolOptions { threads: order.threads.max(1), limits: order.limits, nice: order.nice };
     let (pool, results) = ScanPool::start(&WorkerProgram::this(), &order.patterns, options)?;
     let _guard = CancelOnPanic(&pool);
@@ -204,24 +206,29 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
         let walker = scope.spawn(|| {
             let _finish = FinishOnDrop(&pool);
             let stopped = || cancel.load(Ordering::Relaxed) || given_up.load(Ordering::Relaxed);
+            let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
+            let options = walk::Options { all_local: order.all_local, patience };
+            let mut cpu = Duration::ZERO;
             for path in &order.paths {
-                walk::walk(path, &stopped, &mut |found| match found {
-                    Found::File { path, file, object } => {
-                        let id = ledger.lock().hand_over(path, object);
-                        pool.submit(Item { id, file });
+                cpu += walk::walk(path, options, &stopped, &mut |found| match found {
+                    Found::File { path, file, facts } => {
+                        let id = ledger.lock().hand_over(path, &facts);
+                        if let Some(id) = id {
+                            pool.submit(Item { id, file });
+                        }
                     }
                     Found::Skipped(skipped) => ledger.lock().skip(skipped),
                 });
             }
             walked.store(true, Ordering::Release);
-            thread_cpu()
+            cpu + thread_cpu()
         });
 
         let mut cancelled = false;
         let mut ticked = started;
         loop {
             match results.recv_timeout(CANCEL_EVERY) {
-                Ok(ItemResult { id, findings }) => ledger.lock().take(id, findings),
+                Ok(ItemResult { id, findings }) => ledger.lock().take(id, &findings),
                 Err(error) if error.is_timeout() => {}
                 Err(_) => break,
             }
@@ -251,99 +258,6 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
     coverage.elapsed_ms = millis(started.elapsed());
     coverage.cpu_ms = millis(own_cpu).saturating_add(pool.cpu_ms());
     Ok(coverage)
-}
-
-/// What is in the worker's hands and what came of the rest. Walk and results share it.
-struct Ledger<'a>(Mutex<Books<'a>>);
-
-struct Books<'a> {
-    limits: ScanLimits,
-    observe: Observer<'a>,
-    coverage: Coverage,
-    next_id: u64,
-    /// The files that the worker has. As many as its queue holds.
-    in_hand: HashMap<u64, (PathBytes, Object)>,
-}
-
-impl<'a> Ledger<'a> {
-    fn new(limits: ScanLimits, observe: Observer<'a>) -> Self {
-        let coverage = Coverage::default();
-        Self(Mutex::new(Books { limits, observe, coverage, next_id: 0, in_hand: HashMap::new() }))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Books<'a>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The receipt. A file without an answer was not looked at; after a cancel it counts as not reached.
-    fn close(self, is_cancelled: bool) -> Coverage {
-        let mut books = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if !is_cancelled {
-            for (path, _) in std::mem::take(&mut books.in_hand).into_values() {
-                books.skip(Skipped { path, member: vec![], reason: SkipReason::WorkerDied });
-            }
-        }
-        books.coverage
-    }
-}
-
-impl Books<'_> {
-    /// Notes a file that goes to the worker and gives it a number.
-    fn hand_over(&mut self, path: PathBytes, object: Object) -> u64 {
-        let id = self.next_id;
-        self.next_id += 1;
-        self.in_hand.insert(id, (path, object));
-        id
-    }
-
-    /// Enters what the worker says of a file. An answer to no question is dropped: a worker that has been
-    /// taken over by a file must not be able to invent results for others.
-    fn take(&mut self, id: u64, findings: Findings) {
-        let Some((path, object)) = self.in_hand.remove(&id) else { return };
-        if was_read(&findings, &self.limits) {
-            self.coverage.files += 1;
-            self.coverage.bytes = self.coverage.bytes.saturating_add(findings.size);
-        }
-        for skip in findings.skips {
-            self.skip(Skipped { path: path.clone(), member: skip.member, reason: skip.reason });
-        }
-        if findings.matches.is_empty() {
-            return;
-        }
-        // A match without a digest is an answer that no sound worker gives.
-        let Some(sha256) = findings.sha256 else {
-            return self.skip(Skipped { path, member: vec![], reason: SkipReason::WorkerDied });
-        };
-        for found in findings.matches {
-            self.coverage.detections += 1;
-            let detection = Detection {
-                path: path.clone(),
-                member: found.member,
-                pattern: found.pattern,
-                rule: found.rule,
-                sha256,
-                size: findings.size,
-            };
-            (self.observe)(Event::Detection(&detection, object));
-        }
-    }
-
-    fn skip(&mut self, skipped: Skipped) {
-        (self.observe)(Event::Skipped(&skipped));
-        self.coverage.skip(skipped);
-    }
-
-    fn tick(&mut self) {
-        (self.observe)(Event::Tick(&self.coverage));
-    }
-}
-
-/// Whether the file on disk itself was looked at, whatever became of its members.
-fn was_read(findings: &Findings, limits: &ScanLimits) -> bool {
-    let lost = findings.skips.iter().any(|skip| {
-        skip.member.is_empty() && matches!(skip.reason, SkipReason::Unreadable | SkipReason::WorkerDied)
-    });
-    !lost && findings.size <= limits.file_bytes
 }
 
 /// Ends the pool's input however the walk ends, so that the results end too.
@@ -378,104 +292,7 @@ fn millis(duration: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use tm_protocol::ids::Sha256;
-    use tm_scanner::item::{Match, Skip};
-
     use super::*;
-
-    fn skip(member: &[&str], reason: SkipReason) -> Skip {
-        Skip { member: member.iter().map(|name| PathBytes::from(name.as_bytes())).collect(), reason }
-    }
-
-    fn matched(member: &[&str]) -> Match {
-        let member = member.iter().map(|name| PathBytes::from(name.as_bytes())).collect();
-        Match { member, pattern: Sha256::of(b"p"), rule: "r".to_owned() }
-    }
-
-    #[test]
-    fn every_answer_ends_in_the_receipt() {
-        let limits = ScanLimits { file_bytes: 100, ..ScanLimits::default() };
-        let sha256 = Some(Sha256::of(b"x"));
-        for (findings, files, bytes, detections, skipped) in [
-            (Findings { size: 7, ..Findings::default() }, 1, 7, 0, vec![]),
-            (
-                Findings { size: 7, matches: vec![matched(&[]), matched(&["m"])], sha256, skips: vec![] },
-                1,
-                7,
-                2,
-                vec![],
-            ),
-            (
-                Findings { size: 7, matches: vec![matched(&[])], ..Findings::default() },
-                1,
-                7,
-                0,
-                vec![SkipReason::WorkerDied],
-            ),
-            (
-                Findings {
-                    size: 7,
-                    skips: vec![skip(&["m"], SkipReason::Unreadable)],
-                    ..Findings::default()
-                },
-                1,
-                7,
-                0,
-                vec![SkipReason::Unreadable],
-            ),
-            (
-                Findings { size: 7, skips: vec![skip(&[], SkipReason::Unreadable)], ..Findings::default() },
-                0,
-                0,
-                0,
-                vec![SkipReason::Unreadable],
-            ),
-            (
-                Findings { size: 7, skips: vec![skip(&[], SkipReason::Limit)], ..Findings::default() },
-                1,
-                7,
-                0,
-                vec![SkipReason::Limit],
-            ),
-            (
-                Findings { size: 101, skips: vec![skip(&[], SkipReason::Limit)], ..Findings::default() },
-                0,
-                0,
-                0,
-                vec![SkipReason::Limit],
-            ),
-        ] {
-            let mut seen = 0;
-            let mut observe = |event: Event<'_>| match event {
-                Event::Detection(..) => seen += 1,
-                Event::Skipped(_) | Event::Tick(_) => {}
-            };
-            let ledger = Ledger::new(limits, &mut observe);
-            let id = ledger.lock().hand_over(PathBytes::from(&b"/f"[..]), Object { device: 1, inode: 2 });
-            ledger.lock().take(id, findings.clone());
-            ledger.lock().take(id, findings.clone());
-            ledger.lock().take(99, findings.clone());
-            let coverage = ledger.close(false);
-            assert_eq!(
-                (coverage.files, coverage.bytes, coverage.detections),
-                (files, bytes, detections),
-                "{findings:?}"
-            );
-            assert_eq!(coverage.skipped.into_keys().collect::<Vec<_>>(), skipped, "{findings:?}");
-            assert_eq!(seen, detections);
-        }
-    }
-
-    #[test]
-    fn a_file_without_an_answer_is_a_gap_unless_the_scan_was_called_off() {
-        for (is_cancelled, expected) in [(false, 1), (true, 0)] {
-            let mut observe = |_: Event<'_>| {};
-            let ledger = Ledger::new(ScanLimits::default(), &mut observe);
-            ledger.lock().hand_over(PathBytes::from(&b"/f"[..]), Object { device: 1, inode: 2 });
-            let coverage = ledger.close(is_cancelled);
-            assert_eq!(coverage.skipped.get(&SkipReason::WorkerDied).copied().unwrap_or(0), expected);
-        }
-    }
 
     #[test]
     fn a_failure_has_a_code_and_the_first_place() {

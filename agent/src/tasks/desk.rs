@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use rand::random;
 use tm_protocol::{
     ids::{EndpointId, Sha256, StreamId, TaskId},
-    message::{Notices, Report, ReportBody, ToManager},
+    message::{Notices, Outcome, Report, ReportBody, ToManager},
     task::TaskSpec,
 };
 use uuid::Uuid;
@@ -65,7 +65,7 @@ impl Desk {
         boot: Boot,
         now: Now,
     ) -> io::Result<(Self, Vec<Act>)> {
-        Self::open_with(Journal::open(folder)?, endpoint, boot, now)
+        Ok(Self::open_with(Journal::open(folder)?, endpoint, boot, now))
     }
 
     pub(super) fn open_with(
@@ -73,41 +73,67 @@ impl Desk {
         endpoint: EndpointId,
         boot: Boot,
         now: Now,
-    ) -> io::Result<(Self, Vec<Act>)> {
+    ) -> (Self, Vec<Act>) {
+        let mut pending = VecDeque::new();
         // A new journal, or one in which damage took the name of its stream.
-        let stream = match held.outbox.stream {
-            Some(stream) => stream,
-            None => {
-                let stream = fresh_stream();
-                held.outbox = journal.restream(stream)?;
-                stream
+        let stream = held.outbox.stream.unwrap_or_else(fresh_stream);
+        if held.outbox.stream.is_none() {
+            match journal.restream(stream) {
+                Ok(outbox) => held.outbox = outbox,
+                // There is no room for it now. The link and its heartbeat stand all the same.
+                Err(_) => pending.push_back(Effect::Restream),
             }
-        };
+        }
         let (tasks, effects) = Tasks::load(endpoint, boot, stream, journal.epoch(), held, now);
-        let mut desk = Self {
-            tasks,
-            journal,
-            pending: effects.into(),
-            trouble: None,
-            missed_orders: false,
-            tidied_ms: now.elapsed_ms,
-        };
+        pending.extend(effects);
+        let mut desk =
+            Self { tasks, journal, pending, trouble: None, missed_orders: false, tidied_ms: now.elapsed_ms };
         let acts = desk.handle(Event::Tick, now);
-        Ok((desk, acts))
+        (desk, acts)
+    }
+
+    /// Has the disk take nothing, or take everything again.
+    #[cfg(test)]
+    pub(super) fn refuse(&mut self, is_refusing: bool) {
+        self.journal.writes_left = if is_refusing { 0 } else { u32::MAX };
+    }
+
+    /// Whether the task is known.
+    #[cfg(test)]
+    pub(super) fn is_remembered(&self, task: TaskId) -> bool {
+        self.tasks.knows(task)
+    }
+
+    /// How much is decided and not done.
+    #[cfg(test)]
+    pub(super) fn undone(&self) -> usize {
+        self.pending.len()
     }
 
     /// Decides what is to be done about an event, writes it down, and says what to do.
     pub(crate) fn handle(&mut self, event: Event, now: Now) -> Vec<Act> {
-        if self.trouble.is_some() && matches!(event, Event::Assigned(_)) {
+        if self.turns_away(&event) {
             self.missed_orders = true;
             return Vec::new();
         }
-        let effects = self.tasks.handle(event, now);
+        if matches!(event, Event::Disconnected) {
+            // The next session sends it again, from what its manager has stored on.
+            self.pending.retain(|effect| !is_send(effect));
+        }
+        let mut effects: VecDeque<Effect> = self.tasks.handle(event, now).into();
         let mut acts = Vec::new();
-        for effect in effects {
+        while let Some(effect) = effects.pop_front() {
             match effect {
+                // It waits for the disk to be begun: it has ended without that.
+                Effect::Stop(task) if self.has_yet_to_begin(task) => {
+                    self.pending
+                        .retain(|effect| !matches!(effect, Effect::Start { task: of, .. } if *of == task));
+                    let ended = Event::Finished(task, Outcome::Cancelled(None));
+                    effects.extend(self.tasks.handle(ended, now));
+                }
                 // Needs no promise on disk, and must not wait for one.
                 Effect::Stop(task) => acts.push(Act::Stop(task)),
+                Effect::Restream if self.pending.contains(&Effect::Restream) => {}
                 Effect::Persist(_)
                 | Effect::SendReport(_)
                 | Effect::SendLost { .. }
@@ -127,9 +153,31 @@ impl Desk {
         acts
     }
 
-    /// Whether who produces reports should wait.
+    /// Whether who produces reports should wait. While a task that was told to stop has its say, nobody has to:
+    /// it would be held up behind the others.
     pub(crate) fn is_held_up(&self) -> bool {
-        self.trouble.is_some() || self.tasks.is_full()
+        self.trouble.is_some() || (self.tasks.is_full() && !self.tasks.is_stopping())
+    }
+
+    /// Whether it is an order of which nothing is known here, and there is no room to note it. Whatever a manager
+    /// sends, what waits on disk and in memory stays bounded by that.
+    fn turns_away(&self, event: &Event) -> bool {
+        let task = match event {
+            Event::Assigned(assign) => assign.task,
+            Event::Cancelled(cancel) => cancel.task,
+            Event::Detected(..)
+            | Event::Treated(..)
+            | Event::Finished(..)
+            | Event::Vault { .. }
+            | Event::Notice { .. }
+            | Event::Connected { .. }
+            | Event::Disconnected
+            | Event::ReportsStored { .. }
+            | Event::NoticesStored { .. }
+            | Event::Unreadable { .. }
+            | Event::Tick => return false,
+        };
+        (self.trouble.is_some() || self.tasks.is_full()) && !self.tasks.knows(task)
     }
 
     /// Why nothing is written down, if nothing is.
@@ -165,6 +213,10 @@ impl Desk {
         self.journal.found(key)
     }
 
+    fn has_yet_to_begin(&self, task: TaskId) -> bool {
+        self.pending.iter().any(|effect| matches!(effect, Effect::Start { task: of, .. } if *of == task))
+    }
+
     fn settle(&mut self, now: Now, acts: &mut Vec<Act>) {
         if let Err(error) = self.persist() {
             if self.trouble.is_none() {
@@ -172,12 +224,6 @@ impl Desk {
             }
             self.trouble = Some(error.to_string());
             return;
-        }
-        if self.trouble.take().is_some() {
-            tracing::info!("The journal can be written again.");
-            if std::mem::take(&mut self.missed_orders) {
-                acts.push(Act::Reconnect);
-            }
         }
         while let Some(effect) = self.pending.pop_front() {
             match effect {
@@ -189,6 +235,10 @@ impl Desk {
                     Ok(frame) => acts.push(Act::Send(frame)),
                     Err(error) => {
                         tracing::error!(%error, sequence, "A report cannot be read again.");
+                        // What comes after it must not go before the word that it is lost: it is sent again.
+                        self.pending.retain(|effect| {
+                            !matches!(effect, Effect::SendReport(_) | Effect::SendLost { .. })
+                        });
                         let effects = self.tasks.handle(Event::Unreadable { sequence }, now);
                         self.pending.extend(effects);
                         return self.settle(now, acts);
@@ -200,16 +250,23 @@ impl Desk {
                     acts.extend(encode_report(&report).map(Act::Send));
                 }
                 Effect::SendNotices { first, count } => {
-                    let numbers = (first..).take(count);
-                    let notices = numbers.filter_map(|number| self.journal.notice(number).ok()).collect();
-                    let mut bytes = BytesMut::new();
-                    if ToManager::from(Notices { first, notices }).encode(&mut bytes).is_ok() {
-                        acts.push(Act::Send(bytes.to_vec()));
+                    // One that cannot be read again is left out; the others keep their numbers.
+                    let mut numbers = first..first.saturating_add(u64::try_from(count).unwrap_or(0));
+                    while let Some(first) = numbers.next() {
+                        let Ok(notice) = self.journal.notice(first) else { continue };
+                        let more = numbers.by_ref().map_while(|number| self.journal.notice(number).ok());
+                        let notices = std::iter::once(notice).chain(more).collect();
+                        let mut bytes = BytesMut::new();
+                        if ToManager::from(Notices { first, notices }).encode(&mut bytes).is_ok() {
+                            acts.push(Act::Send(bytes.to_vec()));
+                        }
                     }
                 }
                 Effect::Restream => {
-                    if let Err(error) = self.restream() {
-                        tracing::error!(%error, "Cannot begin another stream of reports.");
+                    if let Err(error) = self.restream(now) {
+                        if self.trouble.is_none() {
+                            tracing::error!(%error, "Cannot begin another stream of reports.");
+                        }
                         self.trouble = Some(error.to_string());
                         self.pending.push_front(Effect::Restream);
                         return;
@@ -218,8 +275,16 @@ impl Desk {
                         "The manager knows more of this agent's reports than the agent: they are numbered anew."
                     );
                     acts.push(Act::Reconnect);
+                    return self.settle(now, acts);
                 }
             }
+        }
+        if self.trouble.take().is_some() {
+            tracing::info!("The journal can be written again.");
+        }
+        if self.missed_orders && self.tasks.has_room() {
+            self.missed_orders = false;
+            acts.push(Act::Reconnect);
         }
     }
 
@@ -239,15 +304,18 @@ impl Desk {
 
     /// Numbers everything that waits anew, in a stream of its own. What was to be sent is sent in the next
     /// session, under its new number.
-    fn restream(&mut self) -> io::Result<()> {
+    fn restream(&mut self, now: Now) -> io::Result<()> {
         let stream = fresh_stream();
         let outbox = self.journal.restream(stream)?;
-        self.tasks.restreamed(stream, self.journal.epoch(), &outbox);
-        self.pending.retain(|effect| {
-            !matches!(effect, Effect::SendReport(_) | Effect::SendLost { .. } | Effect::SendNotices { .. })
-        });
+        self.pending.retain(|effect| !is_send(effect));
+        let effects = self.tasks.restreamed(stream, self.journal.epoch(), &outbox, now);
+        self.pending.extend(effects);
         Ok(())
     }
+}
+
+fn is_send(effect: &Effect) -> bool {
+    matches!(effect, Effect::SendReport(_) | Effect::SendLost { .. } | Effect::SendNotices { .. })
 }
 
 fn fresh_stream() -> StreamId {

@@ -19,7 +19,10 @@ use tm_protocol::{
     report::{Failure, ItemReport, VaultEntry},
     task::{PatternRef, RestoreSpec, ScanSpec},
 };
-use tokio::{sync::mpsc::Sender, time::sleep};
+use tokio::{
+    sync::mpsc::{Sender, error::TrySendError},
+    time::sleep,
+};
 
 use super::{
     care::Shown,
@@ -30,6 +33,8 @@ use crate::{connection::fetch, paths::Paths, scan, vault};
 
 /// How soon a wait notices that it is called off.
 const NOTICE: Duration = Duration::from_millis(50);
+/// How soon it is tried again to tell something, while what was told before is not heard.
+const FULL: Duration = Duration::from_millis(10);
 
 /// What a running task tells.
 #[derive(Debug)]
@@ -128,13 +133,28 @@ async fn scan(task: TaskId, spec: ScanSpec, context: Context, cancel: Arc<Atomic
                     Told::Progress(Progress { task, files, bytes, detections, skipped })
                 }
             };
-            let _ = tell.blocking_send(told);
+            say(&tell, told, &cancel);
         };
         scan::run(order, sink, &cancel)
     };
     match blocking(work).await {
         Ok(Ok(coverage)) => Outcome::Scanned(coverage),
         Ok(Err(failure)) | Err(failure) => Outcome::Failed(failure),
+    }
+}
+
+/// Tells something of a scan as soon as it is heard. Of a scan that was called off nothing more is wanted, and it
+/// must not wait for a manager that is away to come to its end.
+fn say(tell: &Sender<Told>, mut told: Told, cancel: &AtomicBool) {
+    loop {
+        told = match tell.try_send(told) {
+            Ok(()) | Err(TrySendError::Closed(_)) => return,
+            Err(TrySendError::Full(back)) => back,
+        };
+        if cancel.load(Ordering::Acquire) {
+            return;
+        }
+        std::thread::sleep(FULL);
     }
 }
 
@@ -167,5 +187,51 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(done)) => Ok(done),
         Ok(Err(_)) | Err(_) => Err(fault()),
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::path::Path;
+
+    use rustls::RootCertStore;
+    use tokio::sync::mpsc;
+    use uuid::Uuid;
+
+    use super::*;
+
+    /// An agent without a manager.
+    pub(in super::super) fn context(folder: &Path, tell: Sender<Told>) -> Context {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let bulk = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        Context {
+            paths: Paths::new(folder.to_path_buf()),
+            manager: None,
+            bulk: Arc::new(bulk),
+            tell,
+            boot: Boot(1),
+            vault: vault::Limits::default(),
+            shown: Shown::default(),
+        }
+    }
+
+    #[test]
+    fn a_scan_that_was_called_off_does_not_wait_to_be_heard() {
+        let (tell, mut told) = mpsc::channel(1);
+        let task = TaskId::new(Uuid::from_u128(1));
+        let cancel = AtomicBool::new(false);
+        say(&tell, Told::Detected(task, vec![]), &cancel);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| say(&tell, Told::Detected(task, vec![]), &cancel));
+            std::thread::sleep(FULL * 5);
+            assert!(!waiting.is_finished(), "the control: it waits for room");
+            cancel.store(true, Ordering::Release);
+            waiting.join().unwrap();
+        });
+        assert!(told.try_recv().is_ok() && told.try_recv().is_err());
     }
 }

@@ -21,8 +21,8 @@ pub(crate) struct Lane {
     /// Lengths of what follows `stored`, in order; `None` where the content is lost.
     waiting: VecDeque<Option<u64>>,
     bytes: u64,
-    /// The highest number that can have been sent before the first session of this process.
-    loaded: Option<u64>,
+    /// The highest number that can ever have been sent: by this process, or by one before it.
+    known: u64,
     /// How often the window has been doubled in this session.
     doubled: u32,
 }
@@ -50,7 +50,7 @@ impl Lane {
             lane.waiting.push_back(Some(bytes));
             lane.bytes += bytes;
         }
-        lane.loaded = Some(lane.last());
+        lane.known = lane.last();
         lane
     }
 
@@ -59,9 +59,9 @@ impl Lane {
         self.stored.saturating_add(u64::try_from(self.waiting.len()).unwrap_or(u64::MAX))
     }
 
-    /// No number above this one can have been sent before the next session: the manager must not know one.
+    /// No number above this one has been sent yet: the manager must not know one.
     pub(crate) fn expect_at_most(&mut self, number: u64) {
-        self.loaded = Some(number.min(self.last()));
+        self.known = number.min(self.last());
     }
 
     /// The highest number that is stored.
@@ -102,19 +102,22 @@ impl Lane {
     /// If the manager has stored what was never sent from here: this journal is older than what it has seen
     /// (its end was cut off, or the machine was set back to an earlier state).
     pub(crate) fn connected(&mut self, stored: u64) -> Result<(), GoneBack> {
-        if stored > self.loaded.unwrap_or_else(|| self.last()) {
+        if stored > self.known {
             return Err(GoneBack);
         }
-        self.loaded = None;
-        self.stored_through(stored);
+        self.let_go(stored);
         self.sent = self.stored;
         self.doubled = 0;
         Ok(())
     }
 
-    /// The manager has stored up to here.
+    /// The manager has stored up to here. It cannot have stored what was not sent to it.
     pub(crate) fn stored_through(&mut self, through: u64) {
         self.doubled = self.doubled.saturating_add(u32::from(self.stored < through)).min(16);
+        self.let_go(through.min(self.known));
+    }
+
+    fn let_go(&mut self, through: u64) {
         while self.stored < through.min(self.last()) {
             self.stored += 1;
             self.bytes -= self.waiting.pop_front().flatten().unwrap_or(0);
@@ -134,10 +137,12 @@ impl Lane {
         }
         if self.waiting.get(slot)?.is_some() {
             self.sent = number;
+            self.known = self.known.max(self.sent);
             return Some(Next::Message(number));
         }
         let count = u64::try_from(self.waiting.iter().skip(slot).take_while(|m| m.is_none()).count()).ok()?;
         self.sent += count;
+        self.known = self.known.max(self.sent);
         Some(Next::Lost { through: self.sent, count })
     }
 
@@ -176,13 +181,33 @@ mod tests {
         }
         // Three more are under way at first; what is stored makes room for more and more.
         let mut counts = Vec::new();
-        for _ in 0..6 {
+        for _ in 0..4 {
             counts.push(std::iter::from_fn(|| lane.next()).count());
             lane.stored_through(lane.sent);
         }
-        assert_eq!(counts, [3, 8, 16, 32, 64, 64]);
+        assert_eq!(counts, [3, 8, 16, 32]);
+        assert_eq!(std::iter::from_fn(|| lane.next()).count(), 64);
+        lane.stored_through(u64::MAX);
+        assert_eq!((lane.stored(), lane.last()), (130, 207), "what was never sent is not stored");
+        while lane.next().is_some() {}
+        lane.stored_through(u64::MAX);
+        while lane.next().is_some() {}
         lane.stored_through(u64::MAX);
         assert!(lane.waiting.is_empty());
         assert_eq!((lane.bytes(), lane.last()), (0, 207));
+    }
+
+    /// A machine that is set back with all its memory does not know what it has sent since.
+    #[test]
+    fn a_manager_that_knows_more_than_was_sent_is_noticed_also_within_a_process() {
+        let mut lane = Lane::load(0, [(1, 1), (2, 1)].into_iter());
+        assert_eq!(lane.connected(0), Ok(()));
+        assert_eq!(std::iter::from_fn(|| lane.next()).count(), 2);
+        // It goes on without a link; the manager has seen another 3 and 4 before.
+        for _ in 0..5 {
+            lane.push(1);
+        }
+        assert_eq!(lane.connected(4), Err(GoneBack));
+        assert_eq!(lane.connected(2), Ok(()), "the control");
     }
 }

@@ -16,16 +16,18 @@ pub(crate) mod journal;
 pub(crate) mod lane;
 #[cfg(test)]
 mod model;
+mod order;
 mod treat;
+#[cfg(test)]
+mod trials;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use bytes::BytesMut;
 use tm_protocol::{
     ids::{EndpointId, StreamId, TaskId},
-    message::{Assign, Cancel, Notices, Outcome, Report, ReportBody, ToAgent},
+    message::{Assign, Cancel, Notices, Outcome, Report, ReportBody},
     report::{Failure, ItemReport, Notice, VaultEntry},
-    task::{CleanupSpec, RestoreSpec, ScanSpec, TaskSpec},
+    task::TaskSpec,
 };
 
 use self::{
@@ -34,6 +36,7 @@ use self::{
         record::{Boot, Due, Found, Record},
     },
     lane::{GoneBack, Lane, Next},
+    order::{decode_order, encode_order, invalid},
 };
 
 /// Bytes of reports that may wait for the manager; beyond it no task is begun, and who finds more waits.
@@ -42,6 +45,8 @@ pub(crate) const MAX_REPORTS: u64 = 64 << 20;
 const MAX_NOTICES: u64 = 1 << 20;
 /// Orders that may wait; more are refused.
 const MAX_WAITING: usize = 1000;
+/// The same in bytes of orders.
+const MAX_WAITING_BYTES: usize = 16 << 20;
 /// Tasks that only read and are carried out at the same time.
 const MAX_READING: usize = 2;
 /// Tasks that were told to stop and have not, and for which no other waits any more.
@@ -50,7 +55,8 @@ const MAX_ABANDONED: usize = 8;
 const MAX_ATTEMPTS: u32 = 25;
 /// Ended tasks that are remembered.
 const MAX_ENDED: usize = 20_000;
-/// The shortest time for which an ended task is remembered, in milliseconds.
+/// The shortest time for which an ended task is remembered after the manager has stored its end, in milliseconds:
+/// until it has, it hands the task out again.
 const REMEMBER_MS: u64 = 3_600_000;
 /// How long a task that is called off may take to say what it has done, in milliseconds.
 const CANCEL_MS: u64 = 1_500;
@@ -145,6 +151,8 @@ pub(crate) struct Tasks {
 struct Waiting {
     task: TaskId,
     spec: TaskSpec,
+    /// Length of its order.
+    bytes: usize,
     /// When it expires, or, once it was begun, when it must end.
     until_ms: u64,
     deadline_ms: u64,
@@ -225,20 +233,34 @@ impl Tasks {
         (tasks, effects)
     }
 
-    /// Takes over what waits for the manager, after a start or under another stream's numbers.
-    pub(crate) fn restreamed(&mut self, stream: StreamId, epoch: u32, outbox: &Outbox) {
+    /// Takes over what waits for the manager under another stream's numbers, and tells the ends that got none.
+    pub(crate) fn restreamed(
+        &mut self,
+        stream: StreamId,
+        epoch: u32,
+        outbox: &Outbox,
+        now: Now,
+    ) -> Vec<Effect> {
+        let stored = self.reports.stored();
         self.stream = stream;
         self.epoch = epoch;
         self.connected = false;
         self.take_outbox(outbox);
-        for ended in self.ended.values_mut() {
-            ended.sequence = 0;
-        }
-        for (sequence, _, ends) in &outbox.reports {
-            if let Some(ended) = ends.and_then(|task| self.ended.get_mut(&task)) {
-                ended.sequence = *sequence;
+        let told: HashMap<TaskId, u64> =
+            outbox.reports.iter().filter_map(|(n, _, ends)| Some(((*ends)?, *n))).collect();
+        let mut lost = Vec::new();
+        for (task, ended) in &mut self.ended {
+            if ended.sequence > stored && !told.contains_key(task) {
+                lost.push((*task, ended.until_ms));
             }
+            ended.sequence = told.get(task).copied().unwrap_or(0);
         }
+        lost.sort_unstable();
+        let mut effects = Vec::new();
+        for (task, until_ms) in lost {
+            self.tell_lost_end(task, until_ms, now, &mut effects);
+        }
+        effects
     }
 
     fn take_outbox(&mut self, outbox: &Outbox) {
@@ -300,6 +322,7 @@ impl Tasks {
             let waiting = Waiting {
                 task,
                 spec: assign.spec,
+                bytes: order.len(),
                 until_ms: begun.map_or(left, |(ends, _)| ends),
                 deadline_ms: assign.deadline_ms,
                 forget_ms: now.elapsed_ms.saturating_add(remember_ms(assign.expires_in_ms)),
@@ -326,8 +349,10 @@ impl Tasks {
     }
 
     fn tell_lost_end(&mut self, task: TaskId, until_ms: u64, now: Now, effects: &mut Vec<Effect>) {
-        let failure =
-            Failure::new("interrupted", "the agent stopped, and its notes of this task are damaged");
+        let failure = Failure::new(
+            "interrupted",
+            "the agent's notes of this task are damaged: how it ended is not known",
+        );
         self.end(task, Outcome::Failed(failure), until_ms, now, effects);
     }
 
@@ -349,6 +374,27 @@ impl Tasks {
     /// Whether the manager is far behind: who produces reports should wait.
     pub(crate) fn is_full(&self) -> bool {
         self.reports.bytes() >= MAX_REPORTS
+    }
+
+    /// Whether the manager has caught up so far that work can go on for a while.
+    pub(crate) fn has_room(&self) -> bool {
+        self.reports.bytes() < MAX_REPORTS / 2
+    }
+
+    /// Whether a task was told to stop and is still to say what it has done.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.running.values().any(|running| running.stopping.is_some())
+    }
+
+    /// Whether this task is known here, ended or not.
+    pub(crate) fn knows(&self, task: TaskId) -> bool {
+        self.is_open(task) || self.ended.contains_key(&task)
+    }
+
+    fn is_open(&self, task: TaskId) -> bool {
+        self.running.contains_key(&task)
+            || self.abandoned.contains_key(&task)
+            || self.waiting.iter().any(|waiting| waiting.task == task)
     }
 
     /// The highest report and the highest notice that are stored.
@@ -380,6 +426,11 @@ impl Tasks {
             Event::Unreadable { sequence } => {
                 self.reports.lose(sequence);
                 self.note("journal-damaged", "a report became unreadable".to_owned(), 1, now, &mut effects);
+                // If it told the end of a task, the manager still waits for one.
+                let end = self.ended.iter().find(|(_, ended)| ended.sequence == sequence);
+                if let Some((task, ended)) = end.map(|(task, ended)| (*task, *ended)) {
+                    self.tell_lost_end(task, ended.until_ms, now, &mut effects);
+                }
             }
             Event::Tick => {}
         }
@@ -398,16 +449,16 @@ impl Tasks {
             }
             return;
         }
-        let is_known =
-            self.running.contains_key(&task) || self.waiting.iter().any(|waiting| waiting.task == task);
-        if is_known {
+        if self.is_open(task) {
             return;
         }
         let order = encode_order(&assign);
+        let bytes = order.as_ref().map_or(0, Vec::len);
+        let waiting_bytes: usize = self.waiting.iter().map(|waiting| waiting.bytes).sum();
         let refusal = if assign.endpoint != self.endpoint {
             Some(Failure::new("wrong-endpoint", "the task is for another endpoint"))
-        } else if self.waiting.len() >= MAX_WAITING {
-            Some(Failure::new("too-many", format!("{MAX_WAITING} tasks wait already")))
+        } else if self.waiting.len() >= MAX_WAITING || waiting_bytes + bytes > MAX_WAITING_BYTES {
+            Some(Failure::new("too-many", format!("{} tasks wait already", self.waiting.len())))
         } else if order.is_none() {
             Some(Failure::new("invalid", "the order is too long"))
         } else {
@@ -423,6 +474,7 @@ impl Tasks {
         self.waiting.push_back(Waiting {
             task,
             spec: assign.spec,
+            bytes,
             until_ms: now.elapsed_ms.saturating_add(assign.expires_in_ms),
             deadline_ms: assign.deadline_ms,
             forget_ms,
@@ -515,18 +567,38 @@ impl Tasks {
         for (task, why) in stuck {
             let Some(running) = self.running.remove(&task) else { continue };
             self.abandoned.insert(task, running.changes_host);
+            let held = if running.changes_host {
+                "no other task that changes this endpoint"
+            } else {
+                "one task less"
+            };
+            let message =
+                format!("task {task} was told to stop and does not: until it does, {held} is begun");
+            self.note("task-stuck", message, wide(self.abandoned.len()), now, effects);
             let outcome = match why {
                 Stopping::Cancelled => Outcome::Cancelled(None),
                 Stopping::Deadline => Outcome::Failed(too_late()),
             };
             self.end(task, outcome, running.forget_ms, now, effects);
         }
-        while let Some(oldest) = self.ended_order.front()
-            && self.ended.get(oldest).is_none_or(|ended| ended.until_ms <= now.elapsed_ms)
-            && let Some(task) = self.ended_order.pop_front()
-        {
-            self.ended.remove(&task);
-            effects.push(Effect::Forget(task));
+        self.forget_ends(now, effects);
+    }
+
+    /// Forgets tasks that ended long ago, in the order of their ends.
+    fn forget_ends(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        while let Some(oldest) = self.ended_order.front().copied() {
+            if let Some(ended) = self.ended.get_mut(&oldest) {
+                // The order may be on its way once more until the manager has stored the end, and some time after.
+                if ended.sequence > self.reports.stored() {
+                    ended.until_ms = ended.until_ms.max(now.elapsed_ms.saturating_add(REMEMBER_MS));
+                }
+                if ended.until_ms > now.elapsed_ms {
+                    return;
+                }
+            }
+            self.ended_order.pop_front();
+            self.ended.remove(&oldest);
+            effects.push(Effect::Forget(oldest));
         }
     }
 
@@ -541,7 +613,7 @@ impl Tasks {
             };
             let Some(at) = self.waiting.iter().position(has_turn) else { return };
             let Some(waiting) = self.waiting.remove(at) else { return };
-            let Waiting { task, spec, until_ms, deadline_ms, forget_ms, attempt } = waiting;
+            let Waiting { task, spec, bytes: _, until_ms, deadline_ms, forget_ms, attempt } = waiting;
             if attempt >= MAX_ATTEMPTS {
                 let why = format!("the agent stopped {MAX_ATTEMPTS} times while the task ran");
                 let failure = Failure::new("interrupted", why);
@@ -578,6 +650,7 @@ impl Tasks {
     }
 
     fn note_end(&mut self, task: TaskId, sequence: u64, until_ms: u64, now: Now, effects: &mut Vec<Effect>) {
+        let until_ms = until_ms.max(now.elapsed_ms.saturating_add(REMEMBER_MS));
         let forget = Due::new(until_ms.saturating_sub(now.elapsed_ms), now, self.boot);
         effects.push(Effect::Persist(Record::Ended { task, stream: self.stream, sequence, forget }));
         self.keep_ended(task, Ended { until_ms, sequence }, effects);
@@ -676,53 +749,6 @@ fn too_late() -> Failure {
 /// An order is recognised for twice the time for which it may wait.
 fn remember_ms(expires_in_ms: u64) -> u64 {
     expires_in_ms.saturating_mul(2).max(REMEMBER_MS)
-}
-
-fn encode_order(assign: &Assign) -> Option<Vec<u8>> {
-    let mut bytes = BytesMut::new();
-    ToAgent::from(assign.clone()).encode(&mut bytes).ok()?;
-    Some(bytes.to_vec())
-}
-
-fn decode_order(frame: &[u8]) -> Option<Assign> {
-    let mut bytes = BytesMut::from(frame);
-    let frame = tm_protocol::frame::take(&mut bytes, ToAgent::limit).ok()??;
-    match ToAgent::decode(&frame).ok()?? {
-        ToAgent::Assign(assign) => Some(assign),
-        ToAgent::Welcome(_)
-        | ToAgent::Ping(_)
-        | ToAgent::Pong(_)
-        | ToAgent::ReportStored(_)
-        | ToAgent::Goodbye(_)
-        | ToAgent::EnrollReply(_)
-        | ToAgent::Cancel(_)
-        | ToAgent::NoticesStored(_) => None,
-    }
-}
-
-/// What an agent will not do, whoever orders it.
-fn invalid(spec: &TaskSpec) -> Option<Failure> {
-    let is_path = |path: &tm_protocol::report::PathBytes| {
-        path.0.starts_with(b"/") && path.0.len() <= ScanSpec::MAX_PATH && !path.0.contains(&0)
-    };
-    let (is_sound, what) = match spec {
-        TaskSpec::Scan(scan) => (
-            (1..=ScanSpec::MAX_PATHS).contains(&scan.paths.len())
-                && scan.paths.iter().all(is_path)
-                && (1..=ScanSpec::MAX_PATTERNS).contains(&scan.patterns.len()),
-            "a scan needs absolute paths and patterns, within their limits",
-        ),
-        TaskSpec::Cleanup(cleanup) => (
-            (1..=CleanupSpec::MAX_DETECTIONS).contains(&cleanup.detections.len()),
-            "a cleanup needs detections, within their limit",
-        ),
-        TaskSpec::Restore(restore) => (
-            (1..=RestoreSpec::MAX_ITEMS).contains(&restore.items.len())
-                && restore.to.as_ref().is_none_or(|to| restore.items.len() == 1 && is_path(to)),
-            "a restore needs vault items, within their limit, and one at most for another place",
-        ),
-    };
-    (!is_sound).then(|| Failure::new("invalid", what))
 }
 
 fn wide(n: usize) -> u64 {

@@ -38,6 +38,7 @@ pub(crate) fn cleanup(
     context: &Context,
     cancel: &AtomicBool,
 ) -> Outcome {
+    let Some(turn) = context.shown.wait_for_turn(cancel) else { return Outcome::Cancelled(None) };
     let mut vault = match open(context) {
         Ok(vault) => vault,
         Err(failure) => return Outcome::Failed(failure),
@@ -73,6 +74,7 @@ pub(crate) fn cleanup(
     items.flush();
     drop(vault);
     context.shown.is_up_to_date(&context.paths);
+    drop(turn);
     Outcome::Treated(tally)
 }
 
@@ -112,6 +114,7 @@ pub(crate) fn restore(
     context: &Context,
     cancel: &AtomicBool,
 ) -> Outcome {
+    let Some(turn) = context.shown.wait_for_turn(cancel) else { return Outcome::Cancelled(None) };
     let mut vault = match open(context) {
         Ok(vault) => vault,
         Err(failure) => return Outcome::Failed(failure),
@@ -134,14 +137,23 @@ pub(crate) fn restore(
             detections: vec![],
             vault: Some(*id),
             path: place.unwrap_or_else(|| PathBytes(vec![])),
-            sha256: entry.as_ref().map(|entry| entry.sha256),
-            size: entry.as_ref().map_or(0, |entry| entry.size),
+            sha256: entry.as_ref().map(|entry| entry.sha256).or(before.as_ref().map(|before| before.sha256)),
+            size: entry
+                .as_ref()
+                .map(|entry| entry.size)
+                .or(before.as_ref().map(|before| before.size))
+                .unwrap_or(0),
             verdict: ItemVerdict::Restored,
             failure: None,
             notes: vec![],
         };
         // A task that goes on after a crash has done this one before.
-        let is_done = resumed && spec.to.is_none() && before.is_some();
+        let is_done = resumed
+            && !spec.dry_run
+            && match &spec.to {
+                None => before.is_some(),
+                Some(to) => vault.has_copy_at(*id, to).unwrap_or(false),
+            };
         if !is_done {
             match put_back(&mut vault, *id, spec) {
                 Ok((path, notes)) => {
@@ -165,6 +177,7 @@ pub(crate) fn restore(
     items.flush();
     drop(vault);
     context.shown.is_up_to_date(&context.paths);
+    drop(turn);
     Outcome::Treated(tally)
 }
 
@@ -238,5 +251,78 @@ impl<'a> Items<'a> {
             // It fails only when the agent is ending; the task then goes on after the next start.
             let _ = self.context.tell.blocking_send(Told::Treated(self.task, items));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tm_protocol::message::ReportBody;
+    use tokio::sync::mpsc;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{tasks::execute::tests::context, vault::Limits};
+
+    /// The agent was killed after the copy stood in its place and before it said so.
+    #[test]
+    fn a_copy_that_was_put_before_a_crash_is_not_in_its_own_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = |name: &str| PathBytes(folder.path().join(name).into_os_string().into_encoded_bytes());
+        std::fs::create_dir(folder.path().join("state")).unwrap();
+        std::fs::write(folder.path().join("file"), "bad").unwrap();
+        let (tell, mut told) = mpsc::channel(100);
+        let context = context(&folder.path().join("state"), tell);
+        let mut vault = Vault::open(&context.paths, Limits::default()).unwrap();
+        let id = vault.put(&name("file"), None, None).unwrap().entry.id;
+        drop(vault);
+        let mut run = |to: &str, resumed: bool| {
+            let spec = RestoreSpec { items: vec![id], to: Some(name(to)), set_id: false, dry_run: false };
+            let task = TaskId::new(Uuid::from_u128(1));
+            restore(task, &spec, resumed, &context, &AtomicBool::new(false));
+            let items = std::iter::from_fn(|| told.try_recv().ok())
+                .find_map(|told| if let Told::Treated(_, items) = told { Some(items) } else { None });
+            let item = items.unwrap().remove(0);
+            (item.verdict, item.failure.map(|failure| failure.code))
+        };
+        let exists = || Some("exists".to_owned());
+        assert_eq!(run("copy", false), (ItemVerdict::Restored, None));
+        assert_eq!(run("copy", false), (ItemVerdict::Refused, exists()), "another order");
+        assert_eq!(run("copy", true), (ItemVerdict::Restored, None), "the same, after a crash");
+        std::fs::write(folder.path().join("other"), "bad").unwrap();
+        assert_eq!(run("other", true), (ItemVerdict::Refused, exists()), "what somebody else put there");
+        std::fs::write(folder.path().join("copy"), "other").unwrap();
+        assert_eq!(run("copy", true), (ItemVerdict::Refused, exists()), "what was changed since");
+    }
+
+    /// A manager takes no heavier report, and would take nothing any more from an agent that has one to send.
+    #[test]
+    fn no_report_of_items_is_heavier_than_a_manager_takes() {
+        let (tell, mut told) = mpsc::channel(1000);
+        let folder = tempfile::tempdir().unwrap();
+        let context = context(folder.path(), tell);
+        let task = TaskId::new(Uuid::from_u128(1));
+        let mut items = Items::new(task, &context);
+        for n in 0..100 {
+            items.tell(ItemReport {
+                detections: vec![Sha256::of(b"d"); [1, 200, ItemReport::MAX_DETECTIONS][n % 3]],
+                vault: None,
+                path: PathBytes(b"/x".to_vec()),
+                sha256: None,
+                size: 1,
+                verdict: ItemVerdict::Vaulted,
+                failure: None,
+                notes: vec![],
+            });
+        }
+        items.flush();
+        let mut count = 0;
+        while let Ok(told) = told.try_recv() {
+            if let Told::Treated(task, items) = told {
+                count += items.len();
+                let report = Report { sequence: 1, at_ms: 0, body: ReportBody::Items { task, items } };
+                assert!(report.weight() <= Report::MAX_WEIGHT, "{}", report.weight());
+            }
+        }
+        assert_eq!(count, 100);
     }
 }

@@ -81,6 +81,8 @@ pub(super) enum Record {
     },
     /// The restore that was begun is over; the item stays.
     Settled { id: VaultId },
+    /// The same, and a copy stands where it was to be put.
+    Copied { id: VaultId },
     /// The file is back; the item goes.
     Restored {
         id: VaultId,
@@ -138,6 +140,8 @@ pub(super) enum End {
 pub(super) struct Content {
     pub(super) items: BTreeMap<VaultId, (Kept, State)>,
     pub(super) ended: BTreeMap<VaultId, End>,
+    /// Where the last copy of an item that is held was put.
+    pub(super) copies: BTreeMap<VaultId, Attempt>,
     /// Stretches of the file that are no record.
     pub(super) damaged: u64,
     /// How many records were read.
@@ -153,16 +157,24 @@ impl Content {
                 self.items.insert(kept.id, (kept, State::Taking));
             }
             Record::Done { id } | Record::Settled { id } => self.set(id, State::Kept),
+            Record::Copied { id } => {
+                if let Some((_, State::Restoring(attempt))) = self.items.get(&id) {
+                    self.copies.insert(id, attempt.clone());
+                }
+                self.set(id, State::Kept);
+            }
             Record::Restoring { id, to, object, keep } => {
                 let object = object.map(|(device, inode)| Object { device, inode });
                 self.set(id, State::Restoring(Attempt { to, object, keep }));
             }
             Record::Restored { id, path, sha256, size, at_ms } => {
                 self.items.remove(&id);
+                self.copies.remove(&id);
                 self.ended.insert(id, End::Restored(RestoredBefore { path, sha256, size, at_ms }));
             }
             Record::Dropped { id, why } => {
                 self.items.remove(&id);
+                self.copies.remove(&id);
                 self.ended.insert(id, End::Dropped(why));
             }
         }
@@ -188,17 +200,21 @@ impl Content {
             End::Restored(_) | End::Dropped(_) => None,
         });
         let items = self.items.iter().flat_map(|(id, (kept, state))| {
+            let begun = |attempt: &Attempt| Record::Restoring {
+                id: *id,
+                to: attempt.to.clone(),
+                object: attempt.object.map(|object| (object.device, object.inode)),
+                keep: attempt.keep,
+            };
+            let copy = self.copies.get(id);
             let then = match state {
                 State::Taking => None,
+                State::Kept if copy.is_some() => None,
                 State::Kept => Some(Record::Done { id: *id }),
-                State::Restoring(attempt) => Some(Record::Restoring {
-                    id: *id,
-                    to: attempt.to.clone(),
-                    object: attempt.object.map(|object| (object.device, object.inode)),
-                    keep: attempt.keep,
-                }),
+                State::Restoring(attempt) => Some(begun(attempt)),
             };
-            [Some(Record::Held(kept.clone())), then].into_iter().flatten()
+            let copied = copy.map(|_| Record::Copied { id: *id });
+            [Some(Record::Held(kept.clone())), copy.map(begun), copied, then].into_iter().flatten()
         });
         restored.chain(items).collect()
     }
@@ -300,6 +316,11 @@ mod tests {
             index.note(Record::Restoring { id: id(n), to: to.clone(), object, keep: n == 3 }).unwrap();
         }
         index.note(Record::Settled { id: id(4) }).unwrap();
+        for _ in 0..2 {
+            let to = PathBytes(b"/copy".to_vec());
+            index.note(Record::Restoring { id: id(2), to, object: Some((1, 2)), keep: true }).unwrap();
+            index.note(Record::Copied { id: id(2) }).unwrap();
+        }
         let restored = |n, at_ms| Record::Restored {
             id: id(n),
             path: to.clone(),
@@ -326,6 +347,8 @@ mod tests {
         again.rewrite(&path, 50).unwrap();
         let last = Index::open(&path).unwrap();
         assert_eq!(states(&last), expected);
+        assert_eq!(last.content.copies, index.content.copies);
+        assert_eq!(last.content.copies[&id(2)].to, PathBytes(b"/copy".to_vec()));
         assert_eq!(last.content.items[&id(1)].0, kept(1));
         assert_eq!(last.content.ended.keys().copied().collect::<Vec<_>>(), [id(5)], "the rest is old");
     }

@@ -51,8 +51,6 @@ pub(crate) struct WouldHold {
     pub(crate) sha256: Sha256,
     /// Its size, in bytes.
     pub(crate) size: u64,
-    /// How many other names of the same file would remain.
-    pub(crate) other_links: u64,
     /// As in [`Held`].
     pub(crate) notes: Vec<Failure>,
 }
@@ -124,12 +122,7 @@ impl Vault {
         self.check_room(&examined.metadata(None))?;
         let (sha256, _) = digest(&examined.file, path)?;
         examined.still(judged, sha256)?;
-        Ok(WouldHold {
-            sha256,
-            size: examined.seen.size,
-            other_links: examined.seen.links.saturating_sub(1),
-            notes: examined.notes(),
-        })
+        Ok(WouldHold { sha256, size: examined.seen.size, notes: examined.notes() })
     }
 
     fn examine(&self, path: &PathBytes, judged: Option<&Judged>) -> Result<Examined, VaultError> {

@@ -239,11 +239,26 @@ impl Vault {
     ) -> Result<(), VaultError> {
         let id = kept.id;
         if keep {
-            return self.note(Record::Settled { id });
+            return self.note(Record::Copied { id });
         }
         let (path, sha256, size) = (to.clone(), kept.sha256, kept.size);
         self.note(Record::Restored { id, path, sha256, size, at_ms: now_ms() })?;
         self.remove_item(id)
+    }
+
+    /// Whether the last copy of this item was put at `to` and stands there, unchanged.
+    ///
+    /// # Errors
+    /// If the place cannot be looked at.
+    pub(crate) fn has_copy_at(&self, id: VaultId, to: &PathBytes) -> Result<bool, VaultError> {
+        let (Some((kept, _)), Some(copy)) =
+            (self.index.content.items.get(&id), self.index.content.copies.get(&id))
+        else {
+            return Ok(false);
+        };
+        let (Some(object), true) = (copy.object, copy.to == *to) else { return Ok(false) };
+        let place = find(to, VaultError::NoParent)?;
+        Ok(same_file(&place, to, object, kept.sha256)?.is_some())
     }
 
     /// Goes on with a restore that was cut off: true if its file stands in its place.

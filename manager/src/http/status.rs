@@ -53,9 +53,11 @@ pub(crate) async fn why(State(state): State<AppState>, Named(target): Named) -> 
     let standing: Vec<_> = incidents.iter().map(|row| (row.state, row.detail.clone())).collect();
     let live: Vec<TaskView> = tasks.iter().filter(|task| !task.state.is_final()).cloned().collect();
     let endpoint = endpoints::view(row);
+    // A name that several share would make the advised command fail.
+    let is_unique = endpoints::one(&state.store, &endpoint.host).await.is_ok_and(|row| row.id == id);
     let advice = advice::of_endpoint(&Standing {
         endpoint: &endpoint.id,
-        host: &endpoint.host,
+        host: if is_unique { &endpoint.host } else { "" },
         connected,
         incidents: &standing,
         tasks: &live,

@@ -186,21 +186,10 @@ async fn waiting(tx: &mut Tx) -> Result<BTreeSet<String>, StoreError> {
 
 /// What a cleanup is under way for, by the task.
 async fn busy(tx: &mut Tx, endpoint: EndpointId) -> Result<BTreeMap<Sha256, TaskId>, StoreError> {
-    let rows = sqlx::query(
-        "SELECT id, spec FROM task WHERE endpoint_id = $1 AND state IN ('queued', 'delivered', 'running')
-         AND kind = 'cleanup' AND dry_run = 0",
-    )
-    .bind(endpoint.to_string())
-    .fetch_all(&mut **tx)
-    .await
-    .map_err(StoreError::query("look for cleanups that are under way"))?;
     let mut busy = BTreeMap::new();
-    for row in rows {
-        let id: String = row.get(0);
-        let id: TaskId = id.parse().map_err(|_| StoreError::content("task id", id))?;
-        match specs::from_json(&row.get::<String, _>(1))? {
-            TaskSpec::Cleanup(cleanup) => busy.extend(cleanup.detections.into_iter().map(|key| (key, id))),
-            TaskSpec::Scan(_) | TaskSpec::Restore(_) => {}
+    for (id, spec) in specs::under_way(tx, endpoint, TaskKind::Cleanup).await? {
+        if let TaskSpec::Cleanup(cleanup) = spec {
+            busy.extend(cleanup.detections.into_iter().map(|key| (key, id)));
         }
     }
     Ok(busy)

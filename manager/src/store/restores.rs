@@ -112,21 +112,10 @@ async fn holder(tx: &mut Tx, item: VaultId) -> Result<Option<EndpointId>, StoreE
 
 /// What a restore is under way for, by the task.
 async fn busy(tx: &mut Tx, endpoint: EndpointId) -> Result<BTreeMap<VaultId, TaskId>, StoreError> {
-    let rows = sqlx::query(
-        "SELECT id, spec FROM task WHERE endpoint_id = $1 AND state IN ('queued', 'delivered', 'running')
-         AND kind = 'restore' AND dry_run = 0",
-    )
-    .bind(endpoint.to_string())
-    .fetch_all(&mut **tx)
-    .await
-    .map_err(StoreError::query("look for restores that are under way"))?;
     let mut busy = BTreeMap::new();
-    for row in rows {
-        let id: String = row.get(0);
-        let id: TaskId = id.parse().map_err(|_| StoreError::content("task id", id))?;
-        match specs::from_json(&row.get::<String, _>(1))? {
-            TaskSpec::Restore(restore) => busy.extend(restore.items.into_iter().map(|item| (item, id))),
-            TaskSpec::Scan(_) | TaskSpec::Cleanup(_) => {}
+    for (id, spec) in specs::under_way(tx, endpoint, TaskKind::Restore).await? {
+        if let TaskSpec::Restore(restore) = spec {
+            busy.extend(restore.items.into_iter().map(|item| (item, id)));
         }
     }
     Ok(busy)

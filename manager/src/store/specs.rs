@@ -3,16 +3,43 @@
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use sqlx::Row as _;
 use tm_protocol::{
-    ids::{Sha256, VaultId},
+    ids::{EndpointId, Sha256, TaskId, VaultId},
     report::PathBytes,
-    task::{CleanupSpec, PatternRef, RestoreSpec, ScanLimits, ScanSpec, TaskSpec},
+    task::{CleanupSpec, PatternRef, RestoreSpec, ScanLimits, ScanSpec, TaskKind, TaskSpec},
 };
 
 use super::{
-    StoreError,
+    StoreError, Tx,
     tasks::{bytes, json},
 };
+
+/// Orders of one kind for one endpoint that have not ended and are no dry runs.
+///
+/// # Errors
+/// If the database cannot be read or holds a task that is not one.
+pub(super) async fn under_way(
+    tx: &mut Tx,
+    endpoint: EndpointId,
+    kind: TaskKind,
+) -> Result<Vec<(TaskId, TaskSpec)>, StoreError> {
+    let rows = sqlx::query(
+        "SELECT id, spec FROM task WHERE endpoint_id = $1 AND state IN ('queued', 'delivered', 'running')
+         AND kind = $2 AND dry_run = 0",
+    )
+    .bind(endpoint.to_string())
+    .bind(kind.word())
+    .fetch_all(&mut **tx)
+    .await
+    .map_err(StoreError::query("look for orders that are under way"))?;
+    let order = |row: &sqlx::any::AnyRow| {
+        let id: String = row.get(0);
+        let id = id.parse().map_err(|_| StoreError::content("task id", id))?;
+        Ok((id, from_json(&row.get::<String, _>(1))?))
+    };
+    rows.iter().map(order).collect()
+}
 
 /// A spec as the `spec` column holds it.
 #[derive(Serialize, Deserialize)]

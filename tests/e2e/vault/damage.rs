@@ -18,13 +18,13 @@ struct Filled {
 const FILES: usize = 5;
 
 fn filled() -> Filled {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("temporary folders work");
     let files = folder.path().join("files");
-    fs::create_dir(&files).unwrap();
+    fs::create_dir(&files).expect("root writes here");
     let vault = Vault::new(&folder.path().join("state"));
     for n in 0..FILES {
         let path = files.join(format!("file{n}"));
-        fs::write(&path, format!("content of {n}").repeat(50)).unwrap();
+        fs::write(&path, format!("content of {n}").repeat(50)).expect("root writes here");
         vault.put(&path);
     }
     let items = vault.items();
@@ -39,7 +39,7 @@ fn places(end: usize, how_many: usize) -> impl Iterator<Item = usize> {
         x ^= x << 13;
         x ^= x >> 7;
         x ^= x << 17;
-        usize::try_from(x % u64::try_from(end).unwrap()).unwrap()
+        usize::try_from(x % u64::try_from(end).expect("it is small")).expect("it is smaller")
     })
 }
 

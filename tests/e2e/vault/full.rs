@@ -2,68 +2,47 @@
 
 use std::{
     fs::{self, File},
-    io::Write as _,
     os::unix::fs::chown,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use tm_tests::{
     Output,
+    tmpfs::Tmpfs,
     vault::{Vault, names},
 };
 
 use super::Whole;
 
-/// A small file system in memory.
+/// A small file system, on a folder that goes with it.
 struct Disk {
-    folder: tempfile::TempDir,
+    tmpfs: Tmpfs,
+    _folder: tempfile::TempDir,
 }
 
 impl Disk {
-    fn new(options: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(folder.path());
-        assert!(mount.status().unwrap().success(), "control: root can mount");
-        Self { folder }
+    fn new(mib: u64, inodes: u64) -> Self {
+        let folder = tempfile::tempdir().expect("temporary folders work");
+        Self { tmpfs: Tmpfs::mount(folder.path(), mib * 1024, inodes), _folder: folder }
     }
 
     fn path(&self) -> &Path {
-        self.folder.path()
+        self.tmpfs.path()
     }
 
-    fn free(&self) -> u64 {
-        let room = rustix::fs::statvfs(self.path()).unwrap();
-        room.f_bavail * room.f_frsize
-    }
-
-    /// Fills it so that so many bytes are left.
-    fn leave(&self, left: u64) -> PathBuf {
-        let path = self.path().join("filler");
-        let mut file = File::create(&path).unwrap();
-        while self.free() > left {
-            let len = (self.free() - left).min(1 << 20).next_multiple_of(4096);
-            if file.write_all(&vec![1; usize::try_from(len).unwrap()]).is_err() {
-                break;
-            }
-        }
-        assert_eq!(self.free(), left, "control: it is as full as it should be");
-        path
+    /// Leaves so much room.
+    fn leave(&self, kib: u64) -> PathBuf {
+        let filler = self.tmpfs.fill(kib);
+        assert_eq!(self.tmpfs.free_kib(), kib, "control: it is as full as it should be");
+        filler
     }
 
     /// Leaves no file to be made.
     fn exhaust_files(&self) -> PathBuf {
         let path = self.path().join("many");
-        fs::create_dir(&path).unwrap();
+        fs::create_dir(&path).expect("an inode is left");
         (0..).find(|n| File::create(path.join(n.to_string())).is_err());
         path
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.path()).status();
     }
 }
 
@@ -86,13 +65,13 @@ fn a_vault_without_room_refuses_before_it_touches_the_file() {
     let was = Whole::of(&path).unwrap();
     for kib in [0, 4, 64, 512] {
         for first_use in [true, false] {
-            let disk = Disk::new("size=8m");
+            let disk = Disk::new(8, 1000);
             let vault = Vault::new(&disk.path().join("state"));
             if !first_use {
                 let id = vault.put(&path);
                 vault.run(&["restore", &id]).expect(0);
             }
-            let filler = disk.leave(kib << 10);
+            let filler = disk.leave(kib);
             let case = format!("{kib} KiB free, first use: {first_use}");
             no_room(&put(&vault, &path));
             assert!(Whole::of(&path).unwrap() == was, "{case}");
@@ -101,12 +80,12 @@ fn a_vault_without_room_refuses_before_it_touches_the_file() {
             fs::remove_file(filler).unwrap();
             // No more than room is needed to go on.
             let id = vault.put(&path);
-            let filler = disk.leave(kib << 10);
+            let filler = disk.leave(kib);
             vault.run(&["restore", &id]).expect(0);
             assert!(Whole::of(&path).unwrap() == was, "{case}: restore needs no room in the vault");
             fs::remove_file(filler).unwrap();
             let id = vault.put(&path);
-            disk.leave(kib << 10);
+            disk.leave(kib);
             vault.run(&["purge", &id]).expect(0);
             assert!(vault.files().is_empty(), "{case}: nor does a purge");
             assert_eq!(vault.recover(), "finished 0, undone 0, damaged 0", "{case}");
@@ -127,7 +106,7 @@ fn a_vault_without_inodes_refuses_too() {
     let here = tempfile::tempdir().unwrap();
     let path = here.path().join("file");
     fs::write(&path, b"x").unwrap();
-    let disk = Disk::new("size=8m,nr_inodes=64");
+    let disk = Disk::new(8, 64);
     let vault = Vault::new(&disk.path().join("state"));
     let many = disk.exhaust_files();
     no_room(&put(&vault, &path));
@@ -144,7 +123,7 @@ fn a_vault_without_inodes_refuses_too() {
 
 #[test]
 fn a_restore_onto_a_full_disk_leaves_the_item_and_no_part() {
-    let disk = Disk::new("size=4m,nr_inodes=64");
+    let disk = Disk::new(4, 64);
     let state = tempfile::tempdir().unwrap();
     let vault = Vault::new(state.path());
     let files = disk.path().join("files");
@@ -154,7 +133,7 @@ fn a_restore_onto_a_full_disk_leaves_the_item_and_no_part() {
     let was = Whole::of(&path).unwrap();
     let id = vault.put(&path);
     for kib in [0, 4, 64, 512] {
-        let filler = disk.leave(kib << 10);
+        let filler = disk.leave(kib);
         no_room(&vault.run(&["restore", &id]));
         assert_eq!((names(&files), vault.items().len()), (vec![], 1), "{kib} KiB free");
         fs::remove_file(filler).unwrap();
@@ -169,7 +148,7 @@ fn a_restore_onto_a_full_disk_leaves_the_item_and_no_part() {
 
 #[test]
 fn a_file_on_a_full_disk_is_taken_where_that_is_safe() {
-    let disk = Disk::new("size=4m,nr_inodes=64");
+    let disk = Disk::new(4, 64);
     let state = tempfile::tempdir().unwrap();
     let vault = Vault::new(state.path());
     let files = disk.path().join("files");
@@ -195,7 +174,7 @@ fn a_file_on_a_full_disk_is_taken_where_that_is_safe() {
 
 #[test]
 fn the_file_may_lie_on_another_file_system_than_the_vault() {
-    let disk = Disk::new("size=4m");
+    let disk = Disk::new(4, 1000);
     let state = tempfile::tempdir().unwrap();
     let vault = Vault::new(state.path());
     let path = disk.path().join("file");

@@ -34,12 +34,12 @@ struct Ground {
 
 impl Ground {
     fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let folder = tempfile::tempdir().expect("temporary folders work");
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("root writes here");
         let protected = folder.path().join("protected");
-        fs::create_dir(&protected).unwrap();
+        fs::create_dir(&protected).expect("root writes here");
         for name in ["f", "g"] {
-            fs::write(protected.join(name), format!("protected {name}")).unwrap();
+            fs::write(protected.join(name), format!("protected {name}")).expect("root writes here");
         }
         let vault = Vault::new(&folder.path().join("state"));
         Self { home: folder.path().join("home"), protected, vault, _folder: folder }
@@ -48,17 +48,17 @@ impl Ground {
     /// `home/d` with the file `f` and a file `mine`.
     fn lay_out(&self, round: usize) -> [String; 2] {
         if self.home.exists() {
-            fs::remove_dir_all(&self.home).unwrap();
+            fs::remove_dir_all(&self.home).expect("root writes here");
         }
         let d = self.home.join("d");
-        fs::create_dir_all(&d).unwrap();
+        fs::create_dir_all(&d).expect("root writes here");
         let texts = [format!("malware of round {round}"), format!("innocent of round {round}")];
         for (name, text) in ["f", "mine"].into_iter().zip(&texts) {
-            fs::write(d.join(name), text).unwrap();
-            chown(d.join(name), Some(NOBODY), Some(NOBODY)).unwrap();
+            fs::write(d.join(name), text).expect("root writes here");
+            chown(d.join(name), Some(NOBODY), Some(NOBODY)).expect("root may give files away");
         }
         for folder in [&d, &self.home] {
-            chown(folder, Some(NOBODY), Some(NOBODY)).unwrap();
+            chown(folder, Some(NOBODY), Some(NOBODY)).expect("root may give files away");
         }
         texts
     }
@@ -66,16 +66,17 @@ impl Ground {
     /// What must not change: every name, object, content and time in the protected folder, and its own times.
     fn protected_state(&self) -> Vec<(String, u64, u64, i64, i64, Vec<u8>)> {
         let mut state: Vec<_> = fs::read_dir(&self.protected)
-            .unwrap()
+            .expect("root reads here")
             .map(|entry| {
-                let path = entry.unwrap().path();
-                let facts = fs::symlink_metadata(&path).unwrap();
-                let content = if facts.is_file() { fs::read(&path).unwrap() } else { vec![] };
+                let path = entry.expect("root reads here").path();
+                let facts = fs::symlink_metadata(&path).expect("root reads here");
+                let content =
+                    if facts.is_file() { fs::read(&path).expect("root reads here") } else { vec![] };
                 let name = path.display().to_string();
                 (name, facts.ino(), facts.nlink(), facts.mtime_nsec(), facts.ctime_nsec(), content)
             })
             .collect();
-        let own = fs::metadata(&self.protected).unwrap();
+        let own = fs::metadata(&self.protected).expect("root reads here");
         state.push((".".into(), own.ino(), 0, own.mtime_nsec(), own.ctime_nsec(), vec![]));
         state.sort();
         state
@@ -86,13 +87,13 @@ impl Ground {
         let mut found = vec![];
         let mut open = vec![self.home.clone()];
         while let Some(folder) = open.pop() {
-            for entry in fs::read_dir(folder).unwrap() {
-                let path = entry.unwrap().path();
-                let facts = fs::symlink_metadata(&path).unwrap();
+            for entry in fs::read_dir(folder).expect("root reads here") {
+                let path = entry.expect("root reads here").path();
+                let facts = fs::symlink_metadata(&path).expect("root reads here");
                 if facts.is_dir() {
                     open.push(path);
                 } else if facts.is_file() {
-                    found.push(fs::read_to_string(path).unwrap());
+                    found.push(fs::read_to_string(path).expect("root reads here"));
                 }
             }
         }
@@ -119,7 +120,7 @@ impl Whistle {
     fn work(&self) {
         // Without any calm, few runs of the vault come far enough to be tricked late.
         const CALM: [u64; 5] = [0, 100, 1000, 4000, 12_000];
-        self.calm.store(CALM[usize::try_from(random() % 5).unwrap()], Ordering::SeqCst);
+        self.calm.store(CALM[usize::try_from(random() % 5).expect("it is small")], Ordering::SeqCst);
         self.work.store(true, Ordering::SeqCst);
     }
 
@@ -164,10 +165,10 @@ impl Whistle {
 
 /// Credentials belong to a thread, as far as the kernel goes.
 fn become_nobody() {
-    rustix::thread::set_thread_groups(&[]).unwrap();
+    rustix::thread::set_thread_groups(&[]).expect("root may become anybody");
     let (gid, uid) = (Gid::from_raw(NOBODY), Uid::from_raw(NOBODY));
-    rustix::thread::set_thread_res_gid(gid, gid, gid).unwrap();
-    rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+    rustix::thread::set_thread_res_gid(gid, gid, gid).expect("root may become anybody");
+    rustix::thread::set_thread_res_uid(uid, uid, uid).expect("root may become anybody");
     assert!(fs::write("/etc/nobody-was-here", b"").is_err(), "control: it has no rights");
 }
 
@@ -291,7 +292,7 @@ fn a_stranger_who_swaps_names_makes_root_touch_nothing_else() {
         }
     });
     let tricks = whistle.tricks.load(Ordering::Relaxed);
-    println!("race: {rounds} rounds, {tricks} tricks, {count:?}, 0 hits");
+    eprintln!("race: {rounds} rounds, {tricks} tricks, {count:?}, 0 hits");
     assert!(tricks > u64::try_from(rounds).unwrap() * 10, "control: the strangers were at work");
     for what in ["put: done", "restore: done"] {
         assert!(count.contains_key(what), "control: {what} happened: {count:?}");

@@ -17,14 +17,14 @@ use tm_tests::{
 use super::{Whole, acl, capability, mark, set_xattr};
 
 fn content(len: usize) -> Vec<u8> {
-    (0..len).map(|i| u8::try_from((i * 7 + i / 251) % 256).unwrap()).collect()
+    (0..len).map(|i| u8::try_from((i * 7 + i / 251) % 256).expect("it is small")).collect()
 }
 
 fn folder() -> (tempfile::TempDir, Vault, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("temporary folders work");
     let vault = Vault::new(&folder.path().join("state"));
     let files = folder.path().join("files");
-    fs::create_dir(&files).unwrap();
+    fs::create_dir(&files).expect("root writes here");
     (folder, vault, files)
 }
 
@@ -36,9 +36,10 @@ fn there_and_back(vault: &Vault, path: &Path) {
     let items = vault.items();
     assert_eq!(items.len(), 1);
     assert_eq!((&*items[0].id, &*items[0].path), (&*id, path.as_os_str().as_bytes()));
-    assert_eq!(items[0].size, u64::try_from(before.content.len()).unwrap());
+    assert_eq!(items[0].size, u64::try_from(before.content.len()).expect("it is small"));
     let output = vault.run(&["restore", &id, "--set-id"]).expect(0);
-    assert_eq!(tm_protocol::text::unescape(output.out().trim_end()).unwrap(), path.as_os_str().as_bytes());
+    let printed = tm_protocol::text::unescape(output.out().trim_end());
+    assert_eq!(printed.as_deref(), Some(path.as_os_str().as_bytes()));
     let after = Whole::of(path).expect("it is back");
     assert!(
         after == before,
@@ -216,9 +217,9 @@ fn a_dry_run_says_what_would_be_and_changes_nothing() {
     refused(vault.run(&[OsStr::new("put"), files.as_os_str(), "--dry-run".as_ref()]), 3, "a folder");
     let id = vault.put(&path);
     vault.run(&["purge", &id, "--dry-run"]).expect(0);
-    assert_eq!(vault.files(), [id.clone()]);
+    assert_eq!(vault.files(), [&*id]);
     vault.run(&["purge", "--older-than", "1h"]).expect(0);
-    assert_eq!(vault.files(), [id.clone()], "it is younger");
+    assert_eq!(vault.files(), [&*id], "it is younger");
     vault.run(&["purge", &id]).expect(0);
     assert_eq!((vault.items(), vault.files()), (vec![], vec![]));
     refused(vault.run(&["purge", &id]), 1, "no item");

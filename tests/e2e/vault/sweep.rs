@@ -63,19 +63,20 @@ struct Stage {
 
 impl Stage {
     fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir().expect("temporary folders work");
         let vault = Vault::new(&folder.path().join("state"));
         let files = folder.path().join("files");
-        fs::create_dir(&files).unwrap();
+        fs::create_dir(&files).expect("root writes here");
         let (file, copy) = (files.join("file"), files.join("copy"));
         // More than one chunk, and something of everything.
-        fs::write(&file, (0..40_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<u8>>()).unwrap();
-        std::os::unix::fs::chown(&file, Some(4321), Some(1234)).unwrap();
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o750)).unwrap();
+        fs::write(&file, (0..40_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
+            .expect("root writes here");
+        std::os::unix::fs::chown(&file, Some(4321), Some(1234)).expect("root may give files away");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o750)).expect("root writes here");
         set_xattr(&file, "user.x", b"y");
         set_xattr(&file, "system.posix_acl_access", &acl());
         assert!(mark(&file, IFlags::IMMUTABLE, true), "control: the file system has marks");
-        let was = Whole::of(&file).unwrap();
+        let was = Whole::of(&file).expect("it is there");
         Self { _folder: folder, vault, files, file, copy, was }
     }
 
@@ -191,7 +192,7 @@ impl Stage {
             Aim::Copied => {
                 self.remove(&self.copy);
                 self.restore_copy().run().expect(0);
-                assert!(Whole::of(&self.copy).unwrap() == self.was, "the copy is whole");
+                assert!(Whole::of(&self.copy).expect("it is there") == self.was, "the copy is whole");
             }
             Aim::Vaulted | Aim::Purged | Aim::Restored | Aim::Settled | Aim::Found => {}
         }
@@ -202,14 +203,14 @@ impl Stage {
         if self.is_listed() {
             self.restore().run().expect(0);
         }
-        assert!(Whole::of(&self.file).unwrap() == self.was, "the file is what it was");
+        assert!(Whole::of(&self.file).expect("it is there") == self.was, "the file is what it was");
         assert!(!self.is_listed() && self.vault.files().is_empty());
     }
 
     fn remove(&self, path: &PathBuf) {
         if path.exists() {
             mark(path, IFlags::IMMUTABLE, false);
-            fs::remove_file(path).unwrap();
+            fs::remove_file(path).expect("root writes here");
         }
     }
 }
@@ -233,7 +234,9 @@ fn sweep(name: &str, aim: Aim, nameless: bool, prepare: fn(&Stage) -> Line) {
     let stage = Stage::new();
     let mut rules = vec![];
     let mut line = prepare(&stage);
-    let trace = |stage: &Stage, line: &Line| line.trace(stage.vault.state.to_str().unwrap());
+    let trace = |stage: &Stage, line: &Line| {
+        line.trace(stage.vault.state.to_str().expect("temporary folders have plain names"))
+    };
     let (mut calls, output) = trace(&stage, &line);
     output.expect(0);
     if !nameless {
@@ -272,7 +275,7 @@ fn sweep(name: &str, aim: Aim, nameless: bool, prepare: fn(&Stage) -> Line) {
                         let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
                         failed
                             .lock()
-                            .unwrap()
+                            .expect("nobody panics with it")
                             .push(format!("{fault:?} at {} {}: {text}", call.nth, call.line));
                     }
                 }
@@ -281,8 +284,8 @@ fn sweep(name: &str, aim: Aim, nameless: bool, prepare: fn(&Stage) -> Line) {
     });
     let mut kinds = BTreeMap::new();
     calls.iter().for_each(|call| *kinds.entry(&call.name).or_insert(0) += 1);
-    let failed = failed.into_inner().unwrap();
-    println!(
+    let failed = failed.into_inner().expect("nobody panics with it");
+    eprintln!(
         "sweep {name}: {} calls {kinds:?}, {} of {} pairs tried (from {first}, every {step}), {} failures",
         calls.len(),
         chosen.len(),

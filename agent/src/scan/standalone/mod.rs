@@ -50,6 +50,9 @@ pub(crate) struct Args {
     /// Scanning threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
+    /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)
+    #[arg(long)]
+    all_local: bool,
     #[command(flatten)]
     limits: LimitArgs,
 }
@@ -138,6 +141,7 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     let paths = args.what.paths.iter().map(|path| bytes(path)).collect();
     let mut order = Order::new(paths, patterns, args.limits.limits());
     order.threads = args.threads.map_or_else(all_cores, usize::from);
+    order.all_local = args.all_local;
     // Somebody sits and waits for it.
     order.nice = 0;
 

@@ -2,16 +2,21 @@
 //!
 //! `journal/NNNNNNNN.log` are segments of [`crate::records`]; the newest is appended to. A segment goes once
 //! nothing in it counts any more, oldest first; what still counts in an old, mostly dead segment is copied
-//! into the newest before.
+//! into the newest before, and so it is where dead segments have gathered behind one that is alive. A segment
+//! that cannot be read is set aside as `NNNNNNNN.bad`.
 //!
 //! **Invariant:** what [`Journal::write`] returned from is on disk.
 //! **Invariant:** a journal opens whatever state its files are in; damaged records are counted, and lose
 //! nothing but themselves.
+//! **Invariant:** the files take at most about twice what counts in them, and a few segments more.
+//! **Invariant:** a stream takes the place of another whole or not at all: its name is written last.
 
 pub(crate) mod record;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap},
     fs, io,
     path::{Path, PathBuf},
 };
@@ -33,6 +38,12 @@ use crate::{
 const SEGMENT: u64 = 4 << 20;
 /// Detections that are remembered; beyond it the oldest are forgotten, and a new scan finds them again.
 pub(crate) const MAX_FOUND: usize = 100_000;
+/// The same in bytes: whoever makes files chooses how long their paths are.
+const MAX_FOUND_BYTES: u64 = 64 << 20;
+/// Segments of dead records that may lie behind one that is mostly alive.
+const SLACK: u64 = 4;
+/// How much is copied or renumbered with one write, in bytes.
+const PIECE: u64 = 1 << 20;
 
 /// The journal on disk.
 #[derive(Debug)]
@@ -41,11 +52,17 @@ pub(crate) struct Journal {
     segment_size: u64,
     segments: BTreeMap<u64, Segment>,
     live: HashMap<Key, Location>,
-    /// Keys of detections, oldest first; some may be forgotten or renewed since.
-    found: VecDeque<Sha256>,
-    found_count: usize,
+    /// Keys of detections by when they were last noted.
+    found: BTreeMap<u64, Sha256>,
+    found_bytes: u64,
+    /// Counts what was noted.
+    noted: u64,
     /// Counts streams.
     epoch: u32,
+    /// The highest epoch that was met; one that did not become whole is never used again.
+    highest_epoch: u32,
+    /// What stands there of later epochs, of which it is not known that they are whole.
+    staged: Vec<(u32, Key, Location)>,
     /// The stream of this epoch, unless its record was lost.
     stream: Option<StreamId>,
     opened: Option<(u64, u64)>,
@@ -53,6 +70,9 @@ pub(crate) struct Journal {
     notices_stored: u64,
     /// The stored marks have moved since they were last written.
     marks_moved: bool,
+    /// How many more writes the disk takes.
+    #[cfg(test)]
+    pub(super) writes_left: u32,
 }
 
 #[derive(Debug)]
@@ -67,6 +87,8 @@ struct Location {
     segment: u64,
     place: Place,
     bytes: u64,
+    /// When it was noted, as [`Journal::noted`] counts; a copy is as old as what it is a copy of.
+    stamp: u64,
 }
 
 /// What an opened journal held.
@@ -106,28 +128,43 @@ impl Journal {
 
     /// The same with segments of another size.
     pub(super) fn open_sized(folder: &Path, segment_size: u64) -> io::Result<(Self, Held)> {
-        make_folder(folder)?;
-        let mut numbers: Vec<u64> = fs::read_dir(folder)?
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_suffix(".log")?.parse().ok())
-            .collect();
+        make_room_for(folder)?;
+        let mut numbers: Vec<u64> =
+            fs::read_dir(folder)?.filter_map(|entry| number_of(entry.ok()?.file_name().to_str()?)).collect();
         numbers.sort_unstable();
+        let last = numbers.last().copied().unwrap_or(0);
         let mut journal = Self {
             folder: folder.to_path_buf(),
             segment_size,
             segments: BTreeMap::new(),
             live: HashMap::new(),
-            found: VecDeque::new(),
-            found_count: 0,
+            found: BTreeMap::new(),
+            found_bytes: 0,
+            noted: 0,
             epoch: 0,
+            highest_epoch: 0,
+            staged: Vec::new(),
             stream: None,
             opened: None,
             stored: 0,
             notices_stored: 0,
             marks_moved: false,
+            #[cfg(test)]
+            writes_left: u32::MAX,
         };
-        let (mut records, mut damaged) = (Vec::new(), 0);
+        let (mut tasks, mut ends) = (Vec::new(), HashMap::new());
+        let (mut damaged, mut set_aside) = (0, 0);
         for number in numbers {
-            let (file, stretches) = RecordFile::open(&journal.path(number))?;
+            let (file, stretches) = match RecordFile::open(&journal.path(number)) {
+                Ok(opened) => opened,
+                Err(error) if will_pass(&error) => return Err(error),
+                Err(error) => {
+                    tracing::error!(%error, number, "A segment of the journal cannot be read and is set aside.");
+                    let _ = fs::rename(journal.path(number), journal.path(number).with_extension("bad"));
+                    set_aside += 1;
+                    continue;
+                }
+            };
             journal.segments.insert(number, Segment { file, live: 0, live_bytes: 0 });
             for stretch in stretches {
                 let record =
@@ -136,36 +173,43 @@ impl Journal {
                     damaged += 1;
                     continue;
                 };
-                journal.note(&record, Location { segment: number, place: stretch.place, bytes: wide(bytes) });
-                records.push(record);
+                let location = journal.location(number, stretch.place, bytes);
+                journal.note(&record, location);
+                match record {
+                    Record::Accepted { .. } | Record::Started { .. } | Record::Ended { .. } => {
+                        tasks.push(record);
+                    }
+                    Record::Report { epoch, sequence, ends: Some(task), .. } => {
+                        ends.insert((epoch, sequence), task);
+                    }
+                    // Reports, notices and detections may be many, and are read again when they are wanted.
+                    Record::Stream { .. }
+                    | Record::Report { .. }
+                    | Record::Stored { .. }
+                    | Record::Notice { .. }
+                    | Record::NoticesStored { .. }
+                    | Record::Found(_)
+                    | Record::Opened { .. } => {}
+                }
             }
         }
-        if journal.segments.is_empty() {
-            journal.add_segment(1)?;
+        // Without any stream that is known to be whole, what there is is better than nothing.
+        if journal.epoch == 0
+            && let Some(epoch) = journal.staged.iter().map(|(epoch, _, _)| *epoch).max()
+        {
+            journal.enter(epoch);
         }
-        let ends: HashMap<u64, TaskId> = records
-            .iter()
-            .filter(|record| record.epoch() == Some(journal.epoch))
-            .filter_map(|record| {
-                let Record::Report { sequence, ends, .. } = record else { return None };
-                Some((*sequence, (*ends)?))
-            })
-            .collect();
+        journal.staged.clear();
+        if journal.segments.is_empty() || set_aside > 0 {
+            let next = last.checked_add(1).ok_or_else(|| io::Error::other("no number is left"))?;
+            journal.add_segment(next)?;
+        }
+        let epoch = journal.epoch;
+        let ends: HashMap<u64, TaskId> =
+            ends.into_iter().filter(|((of, _), _)| *of == epoch).map(|((_, n), task)| (n, task)).collect();
         let outbox = journal.outbox(&ends);
-        let tasks = records
-            .into_iter()
-            .filter(|record| match record.key() {
-                key @ (Key::Accepted(_) | Key::Started(_) | Key::Ended(_)) => journal.live.contains_key(&key),
-                Key::Stream
-                | Key::Report(_)
-                | Key::Stored
-                | Key::Notice(_)
-                | Key::NoticesStored
-                | Key::Found(_)
-                | Key::Opened => false,
-            })
-            .collect();
-        Ok((journal, Held { tasks, outbox, damaged }))
+        tasks.retain(|record: &Record| journal.live.contains_key(&record.key()));
+        Ok((journal, Held { tasks, outbox, damaged: damaged + set_aside }))
     }
 
     fn outbox(&self, ends: &HashMap<u64, TaskId>) -> Outbox {
@@ -204,22 +248,37 @@ impl Journal {
     /// # Errors
     /// If the disk is full or fails. Nothing has then been written, and the same may be tried again.
     pub(crate) fn write(&mut self, records: &[Record]) -> io::Result<()> {
+        self.append(records, &[])?;
+        if self.newest()?.1.file.len() >= self.segment_size {
+            self.turn_over();
+        }
+        Ok(())
+    }
+
+    /// Appends to the newest segment, however full it is. Records that are copies are as old as `stamps` say.
+    fn append(&mut self, records: &[Record], stamps: &[u64]) -> io::Result<()> {
         if records.is_empty() {
             return Ok(());
+        }
+        #[cfg(test)]
+        {
+            self.writes_left = self.writes_left.checked_sub(1).ok_or(io::ErrorKind::StorageFull)?;
         }
         let bodies: Vec<Vec<u8>> = records.iter().map(Record::encode).collect();
         let (number, segment) = self.newest()?;
         let places = segment.file.append_all(&bodies)?;
         segment.file.sync()?;
-        let size = segment.file.len();
-        let full = size >= self.segment_size;
-        for ((record, body), place) in records.iter().zip(&bodies).zip(places) {
-            self.note(record, Location { segment: number, place, bytes: wide(body.len()) });
-        }
-        if full {
-            self.turn_over();
+        for (at, ((record, body), place)) in records.iter().zip(&bodies).zip(places).enumerate() {
+            let mut location = self.location(number, place, body.len());
+            location.stamp = stamps.get(at).copied().unwrap_or(location.stamp);
+            self.note(record, location);
         }
         Ok(())
+    }
+
+    fn location(&mut self, segment: u64, place: Place, bytes: usize) -> Location {
+        self.noted += 1;
+        Location { segment, place, bytes: wide(bytes), stamp: self.noted }
     }
 
     /// Notes that the manager has stored reports and notices up to these numbers. It is written down with the
@@ -239,7 +298,7 @@ impl Journal {
                 Record::Stored { epoch: self.epoch, through: self.stored },
                 Record::NoticesStored { epoch: self.epoch, through: self.notices_stored },
             ];
-            if self.write(&marks).is_err() {
+            if self.append(&marks, &[]).is_err() {
                 return;
             }
             self.marks_moved = false;
@@ -291,28 +350,50 @@ impl Journal {
     /// # Errors
     /// If it cannot be written. The old stream then goes on.
     pub(crate) fn restream(&mut self, stream: StreamId) -> io::Result<Outbox> {
-        let old = self.outbox(&HashMap::new());
-        let epoch = self.epoch.saturating_add(1);
-        let mut records = vec![Record::Stream { stream, epoch }];
-        let mut ended = HashMap::new();
-        for (sequence, (number, _, _)) in (1..).zip(old.reports) {
-            let (frame, ends) = match self.read(Key::Report(number)) {
-                Ok(Record::Report { frame, ends, .. }) => (renumbered(&frame, sequence), ends),
-                Ok(_) | Err(_) => (None, None),
-            };
-            // A number without a report is told as lost.
-            if let Some(frame) = frame {
-                ended.extend(ends.map(|task| (sequence, task)));
-                records.push(Record::Report { epoch, sequence, ends, frame });
-            }
+        let before = self.newest()?.1.file.len();
+        let done = self.write_stream(stream);
+        if done.is_err() {
+            self.staged.clear();
+            // What was written of it would fill the disk the more, the more often it is tried.
+            self.newest()?.1.file.cut(before)?;
         }
-        for (number, (old, _)) in (1..).zip(old.notices) {
-            if let Ok(notice) = self.notice(old) {
-                records.push(Record::Notice { epoch, number, notice });
-            }
+        let ended = done?;
+        if self.newest()?.1.file.len() >= self.segment_size {
+            self.turn_over();
         }
-        self.write(&records)?;
         Ok(self.outbox(&ended))
+    }
+
+    fn write_stream(&mut self, stream: StreamId) -> io::Result<HashMap<u64, TaskId>> {
+        let old = self.outbox(&HashMap::new());
+        self.highest_epoch = self.highest_epoch.saturating_add(1);
+        let epoch = self.highest_epoch;
+        let reports = old.reports.iter().zip(1..).map(|((old, len, _), new)| (Key::Report(*old), *len, new));
+        let notices = old.notices.iter().zip(1..).map(|((old, len), new)| (Key::Notice(*old), *len, new));
+        let mut ended = HashMap::new();
+        let (mut piece, mut bytes) = (Vec::new(), 0);
+        for (key, len, number) in reports.chain(notices) {
+            match self.read(key) {
+                Ok(Record::Report { frame, ends, .. }) => {
+                    let Some(frame) = renumbered(&frame, number) else { continue };
+                    ended.extend(ends.map(|task| (number, task)));
+                    piece.push(Record::Report { epoch, sequence: number, ends, frame });
+                }
+                Ok(Record::Notice { notice, .. }) => piece.push(Record::Notice { epoch, number, notice }),
+                // A number without a report is told as lost.
+                Ok(_) | Err(_) => continue,
+            }
+            bytes += len;
+            if bytes >= PIECE {
+                self.append(&piece, &[])?;
+                piece.clear();
+                bytes = 0;
+            }
+        }
+        self.append(&piece, &[])?;
+        // From here on it counts, and what came before does not.
+        self.append(&[Record::Stream { stream, epoch }], &[])?;
+        Ok(ended)
     }
 
     fn read(&self, key: Key) -> io::Result<Record> {
@@ -326,23 +407,12 @@ impl Journal {
         match record.epoch() {
             Some(epoch) if epoch < self.epoch => return,
             Some(epoch) if epoch > self.epoch => {
-                self.live.retain(|key, old| {
-                    let is_numbered = matches!(
-                        key,
-                        Key::Stream
-                            | Key::Report(_)
-                            | Key::Notice(_)
-                            | Key::Stored
-                            | Key::NoticesStored
-                            | Key::Opened
-                    );
-                    if is_numbered {
-                        release(&mut self.segments, *old);
-                    }
-                    !is_numbered
-                });
-                (self.epoch, self.stream, self.opened) = (epoch, None, None);
-                (self.stored, self.notices_stored) = (0, 0);
+                self.highest_epoch = self.highest_epoch.max(epoch);
+                if !record.is_of_whole_stream() {
+                    self.staged.push((epoch, record.key(), location));
+                    return;
+                }
+                self.enter(epoch);
             }
             Some(_) | None => {}
         }
@@ -355,10 +425,6 @@ impl Journal {
             Record::Opened { reports, notices, .. } => self.opened = Some((*reports, *notices)),
             Record::Stored { through, .. } => self.drop_through(*through, 0),
             Record::NoticesStored { through, .. } => self.drop_through(0, *through),
-            Record::Found(found) => {
-                self.found.push_back(found.detection.key());
-                self.found_count += usize::from(!self.live.contains_key(&record.key()));
-            }
             Record::Report { sequence, .. } if *sequence <= self.stored => return,
             Record::Notice { number, .. } if *number <= self.notices_stored => return,
             Record::Accepted { task, .. } | Record::Started { task, .. }
@@ -369,18 +435,52 @@ impl Journal {
             Record::Accepted { .. }
             | Record::Started { .. }
             | Record::Report { .. }
-            | Record::Notice { .. } => {}
+            | Record::Notice { .. }
+            | Record::Found(_) => {}
         }
-        self.forget(record.key());
+        self.count(record.key(), location);
+    }
+
+    /// Goes over to a later stream: what was numbered in the one before no longer counts.
+    fn enter(&mut self, epoch: u32) {
+        self.live.retain(|key, old| {
+            let is_numbered = matches!(
+                key,
+                Key::Stream
+                    | Key::Report(_)
+                    | Key::Notice(_)
+                    | Key::Stored
+                    | Key::NoticesStored
+                    | Key::Opened
+            );
+            if is_numbered {
+                release(&mut self.segments, *old);
+            }
+            !is_numbered
+        });
+        (self.epoch, self.stream, self.opened) = (epoch, None, None);
+        (self.stored, self.notices_stored) = (0, 0);
+        self.highest_epoch = self.highest_epoch.max(epoch);
+        let (now, later) = std::mem::take(&mut self.staged).into_iter().partition(|(of, ..)| *of <= epoch);
+        self.staged = later;
+        let now: Vec<(u32, Key, Location)> = now;
+        now.into_iter().filter(|(of, ..)| *of == epoch).for_each(|(_, key, at)| self.count(key, at));
+    }
+
+    fn count(&mut self, key: Key, location: Location) {
+        self.forget(key);
         if let Some(segment) = self.segments.get_mut(&location.segment) {
             segment.live += 1;
             segment.live_bytes += location.bytes;
         }
-        self.live.insert(record.key(), location);
-        while self.found_count > MAX_FOUND
-            && let Some(oldest) = self.found.pop_front()
+        self.live.insert(key, location);
+        if let Key::Found(found) = key {
+            self.found.insert(location.stamp, found);
+            self.found_bytes += location.bytes;
+        }
+        while (self.found.len() > MAX_FOUND || self.found_bytes > MAX_FOUND_BYTES)
+            && let Some((_, oldest)) = self.found.pop_first()
         {
-            self.found_count -= usize::from(self.live.contains_key(&Key::Found(oldest)));
             self.forget(Key::Found(oldest));
         }
     }
@@ -389,6 +489,10 @@ impl Journal {
     pub(crate) fn forget(&mut self, key: Key) {
         if let Some(old) = self.live.remove(&key) {
             release(&mut self.segments, old);
+            if matches!(key, Key::Found(_)) {
+                self.found.remove(&old.stamp);
+                self.found_bytes = self.found_bytes.saturating_sub(old.bytes);
+            }
         }
     }
 
@@ -428,33 +532,70 @@ impl Journal {
         Ok(())
     }
 
-    /// Begins a new segment, and empties the oldest into it if little in it counts. Where there is no room for
-    /// that, the newest segment grows on.
+    /// Begins a new segment, and empties the oldest into it if little in it counts, or if it keeps too much that
+    /// no longer counts from going. Where there is no room for that, the newest segment grows on.
     fn turn_over(&mut self) {
-        let Some((newest, _)) = self.segments.last_key_value() else { return };
-        if self.add_segment(newest + 1).is_err() {
+        let Some(next) = self.segments.last_key_value().and_then(|(newest, _)| newest.checked_add(1)) else {
+            return;
+        };
+        if self.add_segment(next).is_err() {
             return;
         }
         if let Some(stream) = self.stream {
-            let _ = self.write(&[Record::Stream { stream, epoch: self.epoch }]);
+            let _ = self.append(&[Record::Stream { stream, epoch: self.epoch }], &[]);
         }
         self.marks_moved = true;
         self.tidy();
+        let (mut live, mut all) = (0, 0);
+        for segment in self.segments.values() {
+            live += segment.live_bytes;
+            all += segment.file.len();
+        }
+        let slack = self.segment_size.saturating_mul(SLACK);
         if let Some((&oldest, segment)) = self.segments.first_key_value()
-            && segment.live_bytes * 2 <= segment.file.len()
             && self.segments.len() > 1
+            && (segment.live_bytes * 2 <= segment.file.len() || all > live * 2 + slack)
+            && self.empty(oldest).is_ok()
         {
-            let keys: Vec<Key> =
-                self.live.iter().filter(|(_, at)| at.segment == oldest).map(|(key, _)| *key).collect();
-            let copies: Vec<Record> = keys.into_iter().filter_map(|key| self.read(key).ok()).collect();
-            if self.write(&copies).is_ok() {
-                self.drop_dead();
-            }
+            self.drop_dead();
         }
     }
 
+    /// Copies what counts in a segment into the newest, in its order.
+    fn empty(&mut self, number: u64) -> io::Result<()> {
+        let mut keys: Vec<(u64, Key)> = self
+            .live
+            .iter()
+            .filter(|(_, at)| at.segment == number)
+            .map(|(key, at)| (at.stamp, *key))
+            .collect();
+        keys.sort_unstable_by_key(|(stamp, _)| *stamp);
+        let (mut piece, mut stamps, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for (stamp, key) in keys {
+            match self.read(key) {
+                Ok(record) => {
+                    bytes += self.live.get(&key).map_or(0, |at| at.bytes);
+                    piece.push(record);
+                    stamps.push(stamp);
+                }
+                // It is damaged by now. Were it to count, no segment would ever go any more.
+                Err(error) => {
+                    tracing::error!(%error, ?key, "A record of the journal cannot be read again and is lost.");
+                    self.forget(key);
+                }
+            }
+            if bytes >= PIECE {
+                self.append(&piece, &stamps)?;
+                piece.clear();
+                stamps.clear();
+                bytes = 0;
+            }
+        }
+        self.append(&piece, &stamps)
+    }
+
     /// Removes segments in which nothing counts, from the oldest on: a record that ends another never goes
-    /// before it.
+    /// before it, also if the machine stops in between.
     fn drop_dead(&mut self) {
         while self.segments.len() > 1
             && let Some((&oldest, segment)) = self.segments.first_key_value()
@@ -462,12 +603,47 @@ impl Journal {
             && fs::remove_file(self.path(oldest)).is_ok()
         {
             self.segments.remove(&oldest);
+            if sync_folder(&self.folder).is_err() {
+                return;
+            }
         }
     }
 
     fn path(&self, number: u64) -> PathBuf {
         self.folder.join(format!("{number:08}.log"))
     }
+}
+
+/// The number in a segment's name.
+fn number_of(name: &str) -> Option<u64> {
+    let number: u64 = name.strip_suffix(".log")?.parse().ok()?;
+    (name == format!("{number:08}.log")).then_some(number)
+}
+
+/// Makes the folder; what stands in its place and is none is set aside.
+fn make_room_for(folder: &Path) -> io::Result<()> {
+    if folder.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
+        fs::rename(folder, folder.with_extension("bad"))?;
+    }
+    make_folder(folder)
+}
+
+/// Whether it says nothing about the file: the same may go well later.
+fn will_pass(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    Errno::from_io_error(error).is_some_and(|errno| {
+        matches!(
+            errno,
+            Errno::MFILE
+                | Errno::NFILE
+                | Errno::NOMEM
+                | Errno::NOSPC
+                | Errno::DQUOT
+                | Errno::ROFS
+                | Errno::INTR
+                | Errno::AGAIN
+        )
+    })
 }
 
 fn release(segments: &mut BTreeMap<u64, Segment>, location: Location) {

@@ -168,6 +168,21 @@ impl Record {
         }
     }
 
+    /// Whether it is only ever written once everything of its stream's beginning is.
+    pub(crate) fn is_of_whole_stream(&self) -> bool {
+        match self {
+            Self::Stream { .. } | Self::Stored { .. } | Self::NoticesStored { .. } | Self::Opened { .. } => {
+                true
+            }
+            Self::Accepted { .. }
+            | Self::Started { .. }
+            | Self::Ended { .. }
+            | Self::Report { .. }
+            | Self::Notice { .. }
+            | Self::Found(_) => false,
+        }
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         let body = bincode::encode_to_vec(self, config::standard()).expect("records are plain data");
         [&[FORMAT][..], &body].concat()
