@@ -26,7 +26,8 @@ pub(super) fn members(walk: &mut Walk<'_>, bytes: &[u8]) -> Result<(), SkipReaso
             return Err(SkipReason::Malformed);
         }
         let name = header.get(..16).unwrap_or_default().trim_ascii_end();
-        let size = header.get(48..58).and_then(|size| field::digits(size, 10)).ok_or(SkipReason::Malformed)?;
+        let size =
+            header.get(48..58).and_then(|size| field::digits(size, 10)).ok_or(SkipReason::Malformed)?;
         let (content, whole) = field::part(rest, len(header), size);
         if name == b"//" {
             long_names = content;

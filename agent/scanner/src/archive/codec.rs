@@ -5,8 +5,8 @@
 
 use std::io::{self, Read};
 
-use lzma_rust2::{Lzma2Reader, LzmaReader};
-use ppmd_rust::{Ppmd7Decoder, Ppmd8Decoder, RestoreMethod};
+use lzma_rust2::LzmaReader;
+use ppmd_rust::{Ppmd8Decoder, RestoreMethod};
 use ruzstd::decoding::{
     FrameDecoder, StreamingDecoder,
     errors::{FrameDecoderError, FrameHeaderError},
@@ -62,11 +62,6 @@ pub(super) fn reason(error: &io::Error) -> SkipReason {
     }
 }
 
-/// Bytes as they are.
-pub(super) fn copy<'a>(input: impl Read + 'a) -> Decoder<'a> {
-    Decoder { reader: Box::new(input), workspace: 0 }
-}
-
 /// Deflate (RFC 1951).
 pub(super) fn deflate<'a>(input: impl Read + 'a) -> Decoder<'a> {
     Decoder::small(flate2::read::DeflateDecoder::new(input))
@@ -93,39 +88,14 @@ pub(super) fn lzma<'a>(
     };
     let workspace = dictionary_memory(dictionary)?;
     let dictionary = u32::try_from(dictionary).map_err(|_| SkipReason::Malformed)?;
-    let reader =
-        LzmaReader::new_with_props(input, size.unwrap_or(u64::MAX), *first, dictionary, None);
+    let reader = LzmaReader::new_with_props(input, size.unwrap_or(u64::MAX), *first, dictionary, None);
     Ok(Decoder { reader: Box::new(reader.map_err(|error| reason(&error))?), workspace })
-}
-
-/// LZMA2 with the one byte that gives the dictionary's size.
-pub(super) fn lzma2<'a>(input: impl Read + 'a, property: u8) -> Result<Decoder<'a>, SkipReason> {
-    let dictionary = match property {
-        40 => u32::MAX,
-        0..40 => (2 | u32::from(property) & 1) << (property / 2 + 11),
-        41.. => return Err(SkipReason::Malformed),
-    };
-    let workspace = dictionary_memory(u64::from(dictionary))?;
-    Ok(Decoder { reader: Box::new(Lzma2Reader::new(input, dictionary, None)), workspace })
 }
 
 /// Memory of an LZMA decoder with a dictionary of this size, if it may be that large.
 pub(super) fn dictionary_memory(dictionary: u64) -> Result<u64, SkipReason> {
     // Beside the dictionary: probabilities of at most 2^(4+8) contexts, and a buffer of 64 KiB.
     (dictionary <= WINDOW).then_some(dictionary).ok_or(SkipReason::Limit)
-}
-
-/// PPMd variant H, as 7z has it: order and memory in five bytes.
-pub(super) fn ppmd7<'a>(input: impl Read + 'a, properties: &[u8]) -> Result<Decoder<'a>, SkipReason> {
-    let (Some(order), Some(memory)) = (properties.first(), field::le(properties, 1, 4)) else {
-        return Err(SkipReason::Malformed);
-    };
-    if memory > WINDOW {
-        return Err(SkipReason::Limit);
-    }
-    let memory = u32::try_from(memory).map_err(|_| SkipReason::Malformed)?;
-    let reader = Ppmd7Decoder::new(input, u32::from(*order), memory).map_err(|_| SkipReason::Malformed)?;
-    Ok(Decoder { reader: Box::new(reader), workspace: u64::from(memory) })
 }
 
 /// PPMd variant I, as zip has it: order, memory and method in the first two bytes (APPNOTE 5.10).
@@ -139,8 +109,8 @@ pub(super) fn ppmd8<'a>(mut input: impl Read + 'a) -> Result<Decoder<'a>, SkipRe
         1 => RestoreMethod::CutOff,
         _ => return Err(SkipReason::Unsupported),
     };
-    let reader = Ppmd8Decoder::new(input, (parameters & 15) + 1, memory, method)
-        .map_err(|_| SkipReason::Malformed)?;
+    let reader =
+        Ppmd8Decoder::new(input, (parameters & 15) + 1, memory, method).map_err(|_| SkipReason::Malformed)?;
     Ok(Decoder { reader: Box::new(reader), workspace: u64::from(memory) })
 }
 

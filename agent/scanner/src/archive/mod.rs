@@ -191,12 +191,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn fill(
-        &mut self,
-        bytes: &mut Vec<u8>,
-        packed: u64,
-        reader: &mut dyn Read,
-    ) -> Result<(), SkipReason> {
+    fn fill(&mut self, bytes: &mut Vec<u8>, packed: u64, reader: &mut dyn Read) -> Result<(), SkipReason> {
         let mut room = self.budget.room(packed);
         loop {
             let got = match reader.read(&mut self.chunk) {

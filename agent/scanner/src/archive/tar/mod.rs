@@ -22,7 +22,8 @@ const MAX_EXTENDED: u64 = 1 << 20;
 
 /// Whether the first block is a header.
 pub(super) fn begins(bytes: &[u8]) -> bool {
-    bytes.get(257..262) == Some(b"ustar") || Header::parse(bytes).is_some_and(|header| !header.name.is_empty())
+    bytes.get(257..262) == Some(b"ustar")
+        || Header::parse(bytes).is_some_and(|header| !header.name.is_empty())
 }
 
 /// What extended headers say about the member that follows them.

@@ -77,7 +77,8 @@ impl Read for Expanded<'_, '_> {
             if hole {
                 target.fill(0);
             } else {
-                let source = field::piece(self.map.data, self.data_at, step).ok_or(io::ErrorKind::UnexpectedEof)?;
+                let source =
+                    field::piece(self.map.data, self.data_at, step).ok_or(io::ErrorKind::UnexpectedEof)?;
                 target.copy_from_slice(source);
                 self.data_at += step;
             }

@@ -12,10 +12,7 @@ use std::collections::HashSet;
 
 use tm_protocol::report::SkipReason;
 
-use self::{
-    directory::Entry,
-    local::Local,
-};
+use self::{directory::Entry, local::Local};
 use super::{
     Walk,
     codec::{self, Decoder},
