@@ -55,10 +55,12 @@ pub(super) fn reason(error: &io::Error) -> SkipReason {
     if let Some(Because(reason)) = error.get_ref().and_then(|inner| inner.downcast_ref()) {
         return *reason;
     }
-    match error.kind() {
-        io::ErrorKind::OutOfMemory => SkipReason::Limit,
-        io::ErrorKind::Unsupported => SkipReason::Unsupported,
-        _ => SkipReason::Malformed,
+    if error.kind() == io::ErrorKind::OutOfMemory {
+        SkipReason::Limit
+    } else if error.kind() == io::ErrorKind::Unsupported {
+        SkipReason::Unsupported
+    } else {
+        SkipReason::Malformed
     }
 }
 
@@ -127,13 +129,17 @@ impl<'b> ZstdFrame<'b> {
     /// Begins a frame whose window is at most `window` bytes.
     pub(super) fn new(input: &'b [u8], window: u64) -> io::Result<Self> {
         StreamingDecoder::new_with_max_window_size(input, window).map(Self).map_err(|error| {
-            because(match error {
+            let too_big = matches!(
+                error,
                 FrameDecoderError::WindowSizeTooBig { .. }
-                | FrameDecoderError::FrameHeaderError(FrameHeaderError::WindowTooBig { .. }) => {
-                    SkipReason::Limit
-                }
-                FrameDecoderError::DictNotProvided { .. } => SkipReason::Unsupported,
-                _ => SkipReason::Malformed,
+                    | FrameDecoderError::FrameHeaderError(FrameHeaderError::WindowTooBig { .. })
+            );
+            because(if too_big {
+                SkipReason::Limit
+            } else if matches!(error, FrameDecoderError::DictNotProvided { .. }) {
+                SkipReason::Unsupported
+            } else {
+                SkipReason::Malformed
             })
         })
     }

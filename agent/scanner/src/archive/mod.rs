@@ -215,24 +215,6 @@ impl Walk<'_> {
         }
     }
 
-    /// Reads `bytes` from `reader` past without judging them, within the file's time.
-    fn pass_over(&mut self, mut bytes: u64, reader: &mut dyn Read) -> Result<(), SkipReason> {
-        while bytes > 0 {
-            if self.budget.time_left().is_none() {
-                return Err(SkipReason::Timeout);
-            }
-            let want = field::index(bytes).min(self.chunk.len());
-            let got = match reader.read(self.chunk.get_mut(..want).unwrap_or_default()) {
-                Ok(0) => return Err(SkipReason::Malformed),
-                Ok(got) => got,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(codec::reason(&error)),
-            };
-            bytes = bytes.saturating_sub(u64::try_from(got).unwrap_or(u64::MAX));
-        }
-        Ok(())
-    }
-
     /// Looks at what stands behind a container's end: if it is a container, it is a member of this one. The
     /// bytes themselves have been judged with the whole.
     fn behind(&mut self, rest: &[u8]) -> Result<(), SkipReason> {

@@ -8,7 +8,7 @@ pub(super) fn plain() -> Vec<u8> {
 }
 
 /// `zlib.compressobj(9, DEFLATED, -15)` of Python; no match is as long as 258, so it is deflate64 as well.
-pub(super) const DEFLATE: &str = concat!("cb48ac54c84b4d4dc949d5353157c848ace4ca204b0400");
+pub(super) const DEFLATE: &str = "cb48ac54c84b4d4dc949d5353157c848ace4ca204b0400";
 /// `bz2.compress`.
 pub(super) const BZIP2: &str = concat!(
     "425a68393141592653592304c9d000001bd9800010400204802645002020005440d03402aa68069a51a20e9a3648",
@@ -21,10 +21,9 @@ pub(super) const XZ: &str = concat!(
 );
 /// `lzma.compress(format=FORMAT_ALONE)`: size not told, end marked.
 pub(super) const LZMA: &str =
-    concat!("5d00008000ffffffffffffffff0034184b9420be5aab6a7df87f99327eb423fb890441acb9fffff8086000");
+    "5d00008000ffffffffffffffff0034184b9420be5aab6a7df87f99327eb423fb890441acb9fffff8086000";
 /// `zstd -19 --check -c`.
-pub(super) const ZSTD: &str =
-    concat!("28b52ffd0468cd000090686179206e6565646c652d3437206861790a010056e70c03dcb901ad");
+pub(super) const ZSTD: &str = "28b52ffd0468cd000090686179206e6565646c652d3437206861790a010056e70c03dcb901ad";
 
 pub(super) fn packed(sample: &str) -> Vec<u8> {
     hex::decode(sample).unwrap()
@@ -131,7 +130,7 @@ pub(super) fn tar(name: &str, data: &[u8], change: impl FnOnce(&mut tar::Header)
 pub(super) fn ar(members: &[(&str, &[u8])]) -> Vec<u8> {
     let mut out = b"!<arch>\n".to_vec();
     for (name, data) in members {
-        write!(out, "{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n", 0, 0, 0, 100_644, data.len()).unwrap();
+        writeln!(out, "{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`", 0, 0, 0, 100_644, data.len()).unwrap();
         out.extend_from_slice(data);
         if data.len() % 2 == 1 {
             out.push(b'\n');
