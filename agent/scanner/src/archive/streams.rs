@@ -74,7 +74,11 @@ impl<'b, D: Stream<'b>, F: FnMut(&mut &'b [u8]) -> io::Result<Option<D>>> Read f
             let mut stream = match self.current.take() {
                 Some(stream) => stream,
                 None => match (self.open)(&mut self.rest)? {
-                    Some(stream) => stream,
+                    Some(stream) => {
+                        // Until its end is known nothing stands behind it.
+                        self.rest = &[];
+                        stream
+                    }
                     None => return Ok(0),
                 },
             };
