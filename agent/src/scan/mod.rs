@@ -8,19 +8,20 @@
 mod batch;
 mod ledger;
 mod links;
+mod pace;
 pub(crate) mod standalone;
 mod walk;
 
 use std::{
     num::NonZeroUsize,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
 use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
     report::{Coverage, Detection, Failure, PathBytes, Skipped},
-    task::ScanLimits,
+    task::{ScanLimits, ScanOptions},
 };
 use tm_scanner::{
     item::{Item, ItemResult},
@@ -29,7 +30,7 @@ use tm_scanner::{
 
 use crate::{
     platform::fs::Object,
-    scan::{batch::Batch, ledger::Ledger, walk::Found},
+    scan::{batch::Batch, ledger::Ledger, pace::Pace, walk::Found},
 };
 
 /// How often progress is told.
@@ -38,6 +39,10 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a cancel may go unnoticed while no result comes.
 const CANCEL_EVERY: Duration = Duration::from_millis(100);
+/// How soon the next file follows one that is looked at alone.
+const PAUSE: Duration = Duration::from_micros(200);
+/// How soon a scan that is held to a share of a core looks whether it may go on.
+const HELD: Duration = Duration::from_millis(20);
 
 /// Where to look, with what, and how.
 #[derive(Debug)]
@@ -48,8 +53,8 @@ pub(crate) struct Order {
     pub(crate) patterns: Vec<Pattern>,
     /// How far to go with one file.
     pub(crate) limits: ScanLimits,
-    /// Go on into other file systems of this machine.
-    pub(crate) all_local: bool,
+    /// How to go about it. A share of a core means one file at a time, whatever `threads` says.
+    pub(crate) options: ScanOptions,
     /// Scanning threads in the worker, at least 1.
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
@@ -59,7 +64,8 @@ pub(crate) struct Order {
 impl Order {
     /// A scan on all cores that yields to whatever else the endpoint does and stays on the paths' file systems.
     pub(crate) fn new(paths: Vec<PathBytes>, patterns: Vec<Pattern>, limits: ScanLimits) -> Self {
-        Self { paths, patterns, limits, all_local: false, threads: all_cores(), nice: 10 }
+        let options = ScanOptions::default();
+        Self { paths, patterns, limits, options, threads: all_cores(), nice: 10 }
     }
 }
 
@@ -194,7 +200,11 @@ type Observer<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Coverage, Error> {
     let started = Instant::now();
     walk::check(&order.paths, &|| cancel.load(Ordering::Relaxed))?;
-    let options = PoolOptions { threads: order.threads.max(1), limits: order.limits, nice: order.nice };
+    let options = PoolOptions {
+        threads: if order.options.cpu_percent.is_some() { 1 } else { order.threads.max(1) },
+        limits: order.limits,
+        nice: order.nice,
+    };
     let (pool, results) = ScanPool::start(&WorkerProgram::this(), &order.patterns, options)?;
     let _guard = CancelOnPanic(&pool);
 
@@ -202,18 +212,27 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
     let given_up = AtomicBool::new(false);
     let walked = AtomicBool::new(false);
     let own_cpu = thread_cpu();
+    // Handed to the pool and not come back.
+    let out = AtomicUsize::new(0);
     let walk_cpu = std::thread::scope(|scope| {
         let walker = scope.spawn(|| {
             let _finish = FinishOnDrop(&pool);
             let stopped = || cancel.load(Ordering::Relaxed) || given_up.load(Ordering::Relaxed);
             let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
-            let options = walk::Options { all_local: order.all_local, patience };
+            let options = walk::Options { all_local: order.options.all_local, patience };
+            let mut pace = order.options.cpu_percent.map(Pace::new);
             let mut cpu = Duration::ZERO;
             for path in &order.paths {
                 cpu += walk::walk(path, options, &stopped, &mut |found| match found {
                     Found::File { path, file, facts } => {
                         let id = ledger.lock().hand_over(path, &facts);
                         if let Some(id) = id {
+                            if let Some(pace) = &mut pace {
+                                let cpu =
+                                    || Duration::from_millis(pool.cpu_ms()).saturating_add(thread_cpu());
+                                hold(pace, &started, cpu, &|| out.load(Ordering::Acquire) > 0, &stopped);
+                            }
+                            out.fetch_add(1, Ordering::AcqRel);
                             pool.submit(Item { id, file });
                         }
                     }
@@ -228,7 +247,10 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
         let mut ticked = started;
         loop {
             match results.recv_timeout(CANCEL_EVERY) {
-                Ok(ItemResult { id, findings }) => ledger.lock().take(id, &findings),
+                Ok(ItemResult { id, findings }) => {
+                    ledger.lock().take(id, &findings);
+                    out.fetch_sub(1, Ordering::AcqRel);
+                }
                 Err(error) if error.is_timeout() => {}
                 Err(_) => break,
             }
@@ -258,6 +280,23 @@ fn run_with(order: Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<
     coverage.elapsed_ms = millis(started.elapsed());
     coverage.cpu_ms = millis(own_cpu).saturating_add(pool.cpu_ms());
     Ok(coverage)
+}
+
+/// Waits until nothing is in hand and the share of a core allows for one more file, or the scan is to stop.
+fn hold(
+    pace: &mut Pace,
+    started: &Instant,
+    cpu: impl Fn() -> Duration,
+    is_busy: &dyn Fn() -> bool,
+    stopped: &dyn Fn() -> bool,
+) {
+    while !stopped() {
+        let wait = if is_busy() { PAUSE } else { pace.wait(started.elapsed(), cpu()).min(HELD) };
+        if wait.is_zero() {
+            return;
+        }
+        std::thread::sleep(wait);
+    }
 }
 
 /// Ends the pool's input however the walk ends, so that the results end too.
