@@ -44,6 +44,7 @@ use crate::{
         desk::{Act, Desk},
         execute::{self, Context, Told, Work},
         journal::record::{Boot, Found},
+        sign::Signer,
     },
 };
 
@@ -134,6 +135,7 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
         welcomed_at: None,
         cancels: BTreeMap::new(),
         paths,
+        signer: signer(&enrolled),
         enrolled,
         control,
         bulk,
@@ -213,6 +215,7 @@ struct Agent {
     cancels: BTreeMap<TaskId, Arc<AtomicBool>>,
     paths: Paths,
     enrolled: Enrolled,
+    signer: Option<Signer>,
     control: Arc<rustls::ClientConfig>,
     bulk: Arc<rustls::ClientConfig>,
     tell: mpsc::Sender<Told>,
@@ -486,6 +489,8 @@ impl Agent {
             boot: self.desk.boot(),
             vault: self.config.vault,
             shown: self.shown.clone(),
+            signer: self.signer.clone(),
+            clock: SystemTime::now,
         };
         let work = match spec {
             TaskSpec::Scan(spec) => Work::Scan(spec),
@@ -533,6 +538,17 @@ impl Agent {
             .and_then(|bytes| replace(&self.paths.status(), &bytes));
         if let Err(error) = written {
             tracing::warn!(%error, "Cannot write the status file.");
+        }
+    }
+}
+
+/// What signs receipts; a key of a kind that cannot leaves them unsigned.
+fn signer(enrolled: &Enrolled) -> Option<Signer> {
+    match enrolled.signing_key() {
+        Ok(key) => Some(Signer { endpoint: enrolled.endpoint, key }),
+        Err(error) => {
+            tracing::warn!(%error, "The endpoint's key cannot sign receipts.");
+            None
         }
     }
 }

@@ -2,11 +2,14 @@
 //!
 //! **Invariant:** the key is made here and never leaves; an identity is there whole or not at all.
 
-use std::{fs, io, time::Duration};
+use std::{fs, io, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use rcgen::{CertificateParams, KeyPair};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::{
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
+    sign::SigningKey,
+};
 use serde::{Deserialize, Serialize};
 use tm_protocol::{
     ALPN_ENROLL,
@@ -103,6 +106,14 @@ impl Enrolled {
     pub(crate) fn tls(&self, alpn: &[u8]) -> Result<rustls::ClientConfig, rustls::Error> {
         let pin = Pin::Certificate(self.ca.clone(), self.fleet);
         tls::client(pin, Some((vec![self.certificate.clone()], self.key.clone_key())), alpn)
+    }
+
+    /// The key of the certificate, to sign receipts with.
+    ///
+    /// # Errors
+    /// If it is of a kind that cannot sign.
+    pub(crate) fn signing_key(&self) -> Result<Arc<dyn SigningKey>, rustls::Error> {
+        rustls::crypto::aws_lc_rs::sign::any_supported_type(&self.key)
     }
 
     /// Keeps the managers' addresses for the next start.

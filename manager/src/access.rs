@@ -19,6 +19,7 @@ pub(crate) enum Permission {
     OrderCleanup,
     OrderRestore,
     ReadStatus,
+    ReadCoverage,
     ReadEvents,
     ReadIncidents,
     ReadVaults,
@@ -38,6 +39,7 @@ pub(crate) const fn allows(role: Role, permission: Permission) -> bool {
         | Permission::ReadEndpoints
         | Permission::ReadTasks
         | Permission::ReadStatus
+        | Permission::ReadCoverage
         | Permission::ReadEvents
         | Permission::ReadIncidents
         | Permission::ReadVaults
@@ -93,6 +95,7 @@ mod tests {
             (Permission::OrderCleanup, [true, true, false]),
             (Permission::OrderRestore, [true, true, false]),
             (Permission::ReadStatus, [true, true, true]),
+            (Permission::ReadCoverage, [true, true, true]),
             (Permission::ReadEvents, [true, true, true]),
             (Permission::ReadIncidents, [true, true, true]),
             (Permission::ReadVaults, [true, true, true]),

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt};
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Sha256, VaultId};
+use crate::{
+    ids::{Sha256, VaultId},
+    receipt::Receipt,
+};
 
 /// A path's exact bytes. Most are UTF-8; none has to be. [`crate::text::escape`] shows them to people.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
@@ -354,6 +357,8 @@ pub struct Coverage {
     pub elapsed_ms: u64,
     /// CPU time of the scan (agent and workers, user and system), in milliseconds.
     pub cpu_ms: u64,
+    /// The endpoint's signature over all of the above and the order; `None` where it could not sign.
+    pub receipt: Option<Receipt>,
 }
 
 impl Coverage {

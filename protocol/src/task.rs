@@ -90,6 +90,25 @@ pub struct ScanSpec {
     pub patterns: Vec<PatternRef>,
     /// How far to go with one file.
     pub limits: ScanLimits,
+    /// How to go about it.
+    pub options: ScanOptions,
+}
+
+/// How a scan goes about its work.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScanOptions {
+    /// Go on into other file systems of the same machine; without it they are skipped (`other-filesystem`).
+    pub all_local: bool,
+    /// Most CPU time in percent of one core, on average, 1 to 100; `None` is no limit.
+    pub cpu_percent: Option<u8>,
+}
+
+impl ScanOptions {
+    /// Whether its values are ones that can be meant.
+    pub fn is_valid(&self) -> bool {
+        self.cpu_percent.is_none_or(|percent| (1..=100).contains(&percent))
+    }
 }
 
 impl ScanSpec {

@@ -10,6 +10,7 @@ mod crews;
 mod ledger;
 mod links;
 pub(crate) mod memory;
+mod pace;
 mod quick;
 mod seen;
 pub(crate) mod standalone;
@@ -21,7 +22,7 @@ use std::{
     path::PathBuf,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::Scope,
     time::{Duration, Instant},
@@ -32,7 +33,7 @@ use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
     ids::Sha256,
     report::{Coverage, Detection, Failure, PathBytes, SkipReason, Skipped},
-    task::ScanLimits,
+    task::{ScanLimits, ScanOptions},
     text::escape_for_display,
 };
 use tm_scanner::{
@@ -48,6 +49,7 @@ use crate::{
         crews::{Crews, FinishOnDrop, With},
         ledger::Ledger,
         memory::{Met, Room},
+        pace::Pace,
         quick::{Quick, is_of_interest},
         seen::{Known, Seen},
         walk::Found,
@@ -60,6 +62,10 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a cancel may go unnoticed while no result comes.
 const CANCEL_EVERY: Duration = Duration::from_millis(100);
+/// How soon the next file follows one that is looked at alone.
+const PAUSE: Duration = Duration::from_micros(200);
+/// How soon a scan that is held to a share of a core looks whether it may go on.
+const HELD: Duration = Duration::from_millis(20);
 
 /// Where to look, with what, and how.
 #[derive(Debug)]
@@ -72,8 +78,8 @@ pub(crate) struct Order {
     pub(crate) patterns: Vec<Pattern>,
     /// How far to go with one file.
     pub(crate) limits: ScanLimits,
-    /// Go on into other file systems of this machine.
-    pub(crate) all_local: bool,
+    /// How to go about it. A share of a core means one file at a time, whatever `threads` says.
+    pub(crate) options: ScanOptions,
     /// Where it is kept which files are known clean; nothing is remembered without.
     pub(crate) seen: Option<PathBuf>,
     /// Look at the memory of processes too, at most so many bytes of each.
@@ -94,7 +100,7 @@ impl Order {
             quick: false,
             patterns,
             limits,
-            all_local: false,
+            options: ScanOptions::default(),
             seen: None,
             memory: None,
             threads: all_cores(),
@@ -239,13 +245,19 @@ type Observer<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Coverage, Error> {
     let started = Instant::now();
     walk::check(&order.paths, &|| cancel.load(Ordering::Relaxed))?;
-    let options = PoolOptions { threads: order.threads.max(1), limits: order.limits, nice: order.nice };
+    let options = PoolOptions {
+        threads: if order.options.cpu_percent.is_some() { 1 } else { order.threads.max(1) },
+        limits: order.limits,
+        nice: order.nice,
+    };
     let seen = order.seen.as_deref().and_then(|path| Seen::open(path, &order.patterns));
     let rest = seen.as_ref().map(|seen| with_digests(&order.patterns, seen.rest())).unwrap_or_default();
     // Patterns that have found files clean are known to load; others are tried before anything else is done.
     let may_wait = seen.as_ref().is_some_and(Seen::may_know);
     let seen = seen.map(Mutex::new);
     let (crews, room) = (Crews::new(&order.patterns, rest, options), Room::default());
+    // Handed to a worker and not come back.
+    let out = AtomicUsize::new(0);
     let ledger = Ledger::new(order.limits, observe);
     let own_cpu = thread_cpu();
     let others_cpu = std::thread::scope(|scope| {
@@ -253,7 +265,7 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
         let walker = scope.spawn(|| {
             // Dropped last, so that the watch goes on until all is done.
             let _walked = walked;
-            walk_and_take(scope, order, &crews, (&ledger, &room), seen.as_ref(), may_wait, cancel)
+            walk_and_take(scope, order, &crews, (&ledger, &room, &out), seen.as_ref(), may_wait, cancel)
         });
         let mut ticked = started;
         while walking.recv_timeout(CANCEL_EVERY).is_err_and(|error| error.is_timeout()) {
@@ -292,6 +304,23 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
     Ok(coverage)
 }
 
+/// Waits until nothing is in hand and the share of a core allows for one more file, or the scan is to stop.
+fn hold(
+    pace: &mut Pace,
+    started: &Instant,
+    cpu: impl Fn() -> Duration,
+    is_busy: &dyn Fn() -> bool,
+    stopped: &dyn Fn() -> bool,
+) {
+    while !stopped() {
+        let wait = if is_busy() { PAUSE } else { pace.wait(started.elapsed(), cpu()).min(HELD) };
+        if wait.is_zero() {
+            return;
+        }
+        std::thread::sleep(wait);
+    }
+}
+
 /// What is missing of the workers' sandbox, in one line; nothing if all is in force.
 pub(crate) fn missing_line(parts: &[PartState]) -> Option<String> {
     let missing: Vec<_> = parts
@@ -317,7 +346,7 @@ fn walk_and_take<'scope, 'env, 'books>(
     scope: &'scope Scope<'scope, 'env>,
     order: &'env Order,
     crews: &'env Crews<'env>,
-    (ledger, room): (&'env Ledger<'books>, &'env Room),
+    (ledger, room, out): (&'env Ledger<'books>, &'env Room, &'env AtomicUsize),
     seen: Option<&'env Mutex<Seen>>,
     may_wait: bool,
     cancel: &AtomicBool,
@@ -334,6 +363,7 @@ fn walk_and_take<'scope, 'env, 'books>(
             if was_memory {
                 room.give();
             }
+            out.fetch_sub(1, Ordering::AcqRel);
         };
         match crews.start(with, scope, take) {
             Ok(Some(taker)) => {
@@ -349,14 +379,24 @@ fn walk_and_take<'scope, 'env, 'books>(
     }
     let stopped = || cancel.load(Ordering::Relaxed) || crews.is_given_up();
     let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
-    let options = walk::Options { all_local: order.all_local, patience };
+    let options = walk::Options { all_local: order.options.all_local, patience };
+    let started = Instant::now();
+    let mut pace = order.options.cpu_percent.map(Pace::new);
+    let mut submit = |with, item| {
+        if let Some(pace) = &mut pace {
+            let cpu = || Duration::from_millis(crews.cpu_ms()).saturating_add(thread_cpu());
+            hold(pace, &started, cpu, &|| out.load(Ordering::Acquire) > 0, &stopped);
+        }
+        out.fetch_add(1, Ordering::AcqRel);
+        crews.submit(with, item);
+    };
     let mut cpu = Duration::ZERO;
     if let Some(most) = order.memory {
         start(With::All);
         memory::walk((most, order.limits.file_bytes), room, &stopped, &mut |met| match met {
             Met::Piece { path, member, file } => {
                 let id = ledger.lock().hand_over_memory(path, member);
-                crews.submit(With::All, Item { id, file });
+                submit(With::All, Item { id, file });
             }
             Met::Process(bytes) => ledger.lock().process(bytes),
             Met::Skipped(skipped) => ledger.lock().skip(skipped),
@@ -373,7 +413,7 @@ fn walk_and_take<'scope, 'env, 'books>(
                 Known::No => With::All,
             };
             start(with);
-            crews.submit(with, Item { id, file });
+            submit(with, Item { id, file });
         }
         Found::Skipped(skipped) => ledger.lock().skip(skipped),
     };

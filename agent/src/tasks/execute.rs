@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::FutureExt as _;
@@ -27,6 +27,7 @@ use tokio::{
 use super::{
     care::Shown,
     journal::record::{Boot, Found},
+    sign::Signer,
     treat,
 };
 use crate::{connection::fetch, paths::Paths, scan, vault};
@@ -84,6 +85,10 @@ pub(crate) struct Context {
     pub(crate) vault: vault::Limits,
     /// The vault as the manager was last told of it.
     pub(crate) shown: Shown,
+    /// Signs receipts; `None` if the endpoint's key cannot.
+    pub(crate) signer: Option<Signer>,
+    /// What the wall clock says.
+    pub(crate) clock: fn() -> SystemTime,
 }
 
 /// Carries the task out and tells its end, whatever happens in it.
@@ -120,9 +125,11 @@ async fn scan(task: TaskId, spec: ScanSpec, context: Context, cancel: Arc<Atomic
         Ok(patterns) => patterns,
         Err(failure) => return Outcome::Failed(failure),
     };
-    let mut order = scan::Order::new(spec.paths, patterns, spec.limits);
+    let mut order = scan::Order::new(spec.paths.clone(), patterns, spec.limits);
+    order.options = spec.options;
     order.seen = Some(context.paths.seen());
-    let (tell, boot) = (context.tell, context.boot);
+    let (tell, boot, signer) = (context.tell, context.boot, context.signer);
+    let started = (context.clock)();
     let work = move || {
         let sink = |update| {
             let told = match update {
@@ -136,7 +143,12 @@ async fn scan(task: TaskId, spec: ScanSpec, context: Context, cancel: Arc<Atomic
             };
             say(&tell, told, &cancel);
         };
-        scan::run(order, sink, &cancel)
+        let mut coverage = scan::run(order, sink, &cancel)?;
+        if let Some(signer) = signer {
+            let whole = !cancel.load(Ordering::Acquire);
+            signer.sign(task, &spec, &mut coverage, started, whole);
+        }
+        Ok(coverage)
     };
     match blocking(work).await {
         Ok(Ok(coverage)) => Outcome::Scanned(coverage),
@@ -217,6 +229,8 @@ pub(super) mod tests {
             boot: Boot(1),
             vault: vault::Limits::default(),
             shown: Shown::default(),
+            signer: None,
+            clock: || SystemTime::UNIX_EPOCH,
         }
     }
 

@@ -17,6 +17,7 @@ pub(crate) mod lane;
 #[cfg(test)]
 mod model;
 mod order;
+pub(crate) mod sign;
 mod treat;
 #[cfg(test)]
 mod trials;

@@ -13,7 +13,7 @@ use tm_protocol::{
     ids::{EndpointId, Sha256, StreamId, TaskId},
     message::{Assign, Cancel, Outcome, ReportBody, ToManager},
     report::{Coverage, Detection, PathBytes, Tally},
-    task::{CleanupSpec, PatternRef, ScanLimits, ScanSpec, TaskSpec},
+    task::{CleanupSpec, PatternRef, ScanLimits, ScanOptions, ScanSpec, TaskSpec},
 };
 use uuid::Uuid;
 
@@ -45,6 +45,7 @@ fn assign(n: u128) -> Assign {
             paths: vec![PathBytes(b"/x".to_vec())],
             patterns: vec![pattern],
             limits: ScanLimits::default(),
+            options: ScanOptions::default(),
         })
     };
     Assign {

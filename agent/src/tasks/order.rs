@@ -39,7 +39,8 @@ pub(super) fn invalid(spec: &TaskSpec) -> Option<Failure> {
         TaskSpec::Scan(scan) => (
             (1..=ScanSpec::MAX_PATHS).contains(&scan.paths.len())
                 && scan.paths.iter().all(is_path)
-                && (1..=ScanSpec::MAX_PATTERNS).contains(&scan.patterns.len()),
+                && (1..=ScanSpec::MAX_PATTERNS).contains(&scan.patterns.len())
+                && scan.options.is_valid(),
             "a scan needs absolute paths and patterns, within their limits",
         ),
         TaskSpec::Cleanup(cleanup) => (

@@ -8,7 +8,7 @@ use tm_protocol::{
     ids::{EndpointId, Sha256, TaskId},
     message::{Assign, Cancel, Outcome, Report, ReportBody, ToManager},
     report::{Coverage, Detection, PathBytes},
-    task::{CleanupSpec, PatternRef, ScanLimits, ScanSpec, TaskSpec},
+    task::{CleanupSpec, PatternRef, ScanLimits, ScanOptions, ScanSpec, TaskSpec},
 };
 use uuid::Uuid;
 
@@ -47,7 +47,15 @@ fn scan(n: u128) -> Assign {
 
 fn scan_of(n: u128, paths: Vec<PathBytes>) -> Assign {
     let patterns = vec![PatternRef { sha256: Sha256::of(b"p"), size: 1, name: "p".into() }];
-    assign(n, TaskSpec::Scan(ScanSpec { paths, patterns, limits: ScanLimits::default() }))
+    assign(
+        n,
+        TaskSpec::Scan(ScanSpec {
+            paths,
+            patterns,
+            limits: ScanLimits::default(),
+            options: ScanOptions::default(),
+        }),
+    )
 }
 
 fn cleanup(n: u128) -> Assign {

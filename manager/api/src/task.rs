@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tm_protocol::{
     report::{Failure, ItemVerdict, Tally, Verdict},
-    task::{ScanLimits, TaskState},
+    task::{ScanLimits, ScanOptions, TaskState},
 };
 
 /// Whom an order is for. At least one of the three; endpoints named twice get it once.
@@ -95,6 +95,9 @@ pub struct StartScan {
     /// How far to go with one file.
     #[serde(default)]
     pub limits: ScanLimits,
+    /// How to go about it.
+    #[serde(default)]
+    pub options: ScanOptions,
     /// How long it may wait to be begun, in seconds (default one hour).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_in_s: Option<u64>,
@@ -302,6 +305,29 @@ pub struct ScanResult {
     pub elapsed_s: f64,
     /// CPU time, in seconds.
     pub cpu_s: f64,
+    /// The endpoint's signature over it; missing of before there were receipts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Box<ReceiptView>>,
+}
+
+/// The signed receipt of a scan. Anybody can check it: the signature is ECDSA (P-256, SHA-256) in ASN.1 form over
+/// the signed bytes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReceiptView {
+    /// Whether the manager found the signature to be by the key of the endpoint's certificate.
+    pub verified: bool,
+    /// `unsigned` or `bad-signature` where it is not.
+    pub problem: Option<String>,
+    /// When the scan began, by the endpoint's clock.
+    pub started_at: Option<String>,
+    /// When it ended, likewise.
+    pub ended_at: Option<String>,
+    /// Base64 of the signature; empty if there is none.
+    pub signature: String,
+    /// Base64 of the endpoint's public key (SubjectPublicKeyInfo, DER).
+    pub key: String,
+    /// Base64 of what is signed: lines of text.
+    pub signed_bytes_b64: String,
 }
 
 /// One thing that was not looked at.

@@ -53,6 +53,7 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Why { target } => cmds::why::run(&target, &client()?, &out).await,
         Command::Endpoint(command) => cmds::endpoint::run(command, &client()?, &out).await,
         Command::Scan(command) => cmds::scan::run(command, &client()?, &out).await,
+        Command::Coverage(args) => cmds::coverage::run(*args, &client()?, &out).await,
         Command::Cleanup(command) => cmds::cleanup::run(command, &client()?, &out).await,
         Command::Vault(command) => cmds::vault::run(command, &client()?, &out).await,
         Command::Event(command) => cmds::event::run(command, &client()?, &out).await,

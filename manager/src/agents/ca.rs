@@ -14,8 +14,8 @@ use std::{
 
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
-    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
-    SigningKey,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData as _, SanType,
+    SerialNumber, SigningKey,
 };
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tm_protocol::{
@@ -59,6 +59,8 @@ pub(crate) struct Issued {
     /// Lower-case hex.
     pub(crate) serial: String,
     pub(crate) not_after_ms: i64,
+    /// SubjectPublicKeyInfo (DER).
+    pub(crate) public_key: Vec<u8>,
 }
 
 impl Authority {
@@ -144,6 +146,7 @@ impl Authority {
         let not_after = SystemTime::now() + LEAF;
         let not_after = not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Issued {
+            public_key: request.public_key.subject_public_key_info(),
             der: certificate.der().to_vec(),
             serial,
             not_after_ms: i64::try_from(not_after.as_millis()).unwrap_or(i64::MAX),

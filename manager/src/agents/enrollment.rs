@@ -110,6 +110,7 @@ async fn decide(
         agent_version: &request.agent_version,
         serial: &issued.serial,
         not_after_ms: issued.not_after_ms,
+        public_key: &issued.public_key,
     };
     let used =
         shared.store.use_token(Sha256::of(&request.secret), new, now_ms()).await.map_err(LinkError::Store)?;

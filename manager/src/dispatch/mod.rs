@@ -166,7 +166,7 @@ fn assign(due: DueTask, now_ms: i64) -> ToAgent {
 
 #[cfg(test)]
 mod tests {
-    use tm_protocol::task::{ScanLimits, ScanSpec, TaskSpec, TaskState};
+    use tm_protocol::task::{ScanLimits, ScanOptions, ScanSpec, TaskSpec, TaskState};
     use tokio::sync::mpsc;
     use uuid::Uuid;
 
@@ -198,7 +198,12 @@ mod tests {
         /// Orders so many scans that are to be begun until `expires_in_ms` after now.
         async fn order(&self, count: usize, expires_in_ms: i64) -> Vec<TaskId> {
             let limits = ScanLimits::default();
-            let spec = TaskSpec::Scan(ScanSpec { paths: vec![], patterns: vec![], limits });
+            let spec = TaskSpec::Scan(ScanSpec {
+                paths: vec![],
+                patterns: vec![],
+                limits,
+                options: ScanOptions::default(),
+            });
             let order =
                 Order { spec: &spec, issuer: "root", reason: "", expires_in_ms, deadline_ms: HOUR_MS };
             let tasks: Vec<TaskId> = (0..count).map(|_| TaskId::new(Uuid::now_v7())).collect();

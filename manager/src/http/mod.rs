@@ -7,6 +7,7 @@
 mod accounts;
 mod audit;
 mod cleanups;
+mod coverage;
 mod endpoints;
 mod error;
 mod events;
@@ -104,6 +105,7 @@ pub(crate) static ROUTES: &[Route] = &[
         on(m, endpoints::set_group)
     }),
     route(Method::GET, "/v1/endpoints/{target}/why", Permission::ReadStatus, |m| on(m, status::why)),
+    route(Method::GET, "/v1/coverage", Permission::ReadCoverage, |m| on(m, coverage::show)),
     route(Method::GET, "/v1/status", Permission::ReadStatus, |m| on(m, status::show)),
     route(Method::GET, "/v1/events", Permission::ReadEvents, |m| on(m, events::list)),
     route(Method::GET, "/v1/incidents", Permission::ReadIncidents, |m| on(m, events::incidents)),

@@ -29,10 +29,14 @@ pub(crate) async fn start(
     if request.limits.file_ms == 0 || request.limits.depth > 64 {
         return Err(Error::invalid("the limits allow no time for a file, or more than 64 containers' depth"));
     }
+    if !request.options.is_valid() {
+        return Err(Error::invalid("the share of a core is from 1 to 100 percent"));
+    }
     let spec = TaskSpec::Scan(ScanSpec {
         paths: paths(&request.paths_b64)?,
         patterns: chosen_patterns(&state.store, &request.patterns).await?,
         limits: request.limits,
+        options: request.options,
     });
     let found = orders::addressed(&state.store, &request.to).await?;
     if !request.when_connected {

@@ -5,7 +5,10 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use tm_api::{
     Page, PageQuery,
     error::Code,
-    task::{DetectionView, ItemView, ProgressView, ScanResult, SkippedView, TaskQuery, TaskResult, TaskView},
+    task::{
+        DetectionView, ItemView, ProgressView, ReceiptView, ScanResult, SkippedView, TaskQuery, TaskResult,
+        TaskView,
+    },
 };
 use tm_protocol::{
     ids::TaskId,
@@ -24,6 +27,7 @@ use crate::store::{
     Store, StoreError,
     cancels::Cancelled,
     items::ItemRow,
+    receipts::ReceiptRow,
     tasks::{DetectionRow, ResultRow, ScanRow, TaskFilter, TaskRow},
 };
 
@@ -164,7 +168,20 @@ fn scan_view(row: ScanRow) -> Result<ScanResult, StoreError> {
         skipped_paths,
         elapsed_s: seconds(row.elapsed_ms),
         cpu_s: seconds(row.cpu_ms),
+        receipt: row.receipt.map(|row| Box::new(receipt_view(row))),
     })
+}
+
+fn receipt_view(row: ReceiptRow) -> ReceiptView {
+    ReceiptView {
+        verified: row.verified,
+        problem: row.problem,
+        started_at: row.started_ms.map(rfc3339),
+        ended_at: row.ended_ms.map(rfc3339),
+        signature: row.signature_b64,
+        key: row.key_b64,
+        signed_bytes_b64: row.signed_b64,
+    }
 }
 
 fn detection_view(task: TaskId, row: DetectionRow) -> DetectionView {

@@ -284,12 +284,12 @@ impl Condition {
     }
 
     /// Keeps a value and gives its placeholder.
-    fn value(&mut self, value: String) -> String {
+    pub(super) fn value(&mut self, value: String) -> String {
         self.values.push(value);
         format!("${}", self.values.len())
     }
 
-    async fn fetch(&self, store: &Store, sql: String) -> Result<Vec<AnyRow>, sqlx::Error> {
+    pub(super) async fn fetch(&self, store: &Store, sql: String) -> Result<Vec<AnyRow>, sqlx::Error> {
         let mut query = sqlx::query(AssertSqlSafe(sql));
         for value in &self.values {
             query = query.bind(value.clone());

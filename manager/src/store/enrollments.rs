@@ -1,5 +1,6 @@
 //! Enrollment and certificates.
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::json;
 use sqlx::Row as _;
 use tm_protocol::ids::{EndpointId, Sha256};
@@ -17,6 +18,8 @@ pub(crate) struct NewEndpoint<'a> {
     pub(crate) agent_version: &'a str,
     pub(crate) serial: &'a str,
     pub(crate) not_after_ms: i64,
+    /// SubjectPublicKeyInfo (DER).
+    pub(crate) public_key: &'a [u8],
 }
 
 /// Why a token lets nobody in.
@@ -87,12 +90,14 @@ impl Store {
         .await
         .map_err(StoreError::query("enter an endpoint"))?;
         sqlx::query(
-            "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms) VALUES ($1, $2, $3, $4)",
+            "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms, public_key)
+             VALUES ($1, $2, $3, $4, $5)",
         )
         .bind(new.serial)
         .bind(endpoint.as_str())
         .bind(now_ms)
         .bind(new.not_after_ms)
+        .bind(STANDARD.encode(new.public_key))
         .execute(&mut *tx)
         .await
         .map_err(StoreError::query("enter a certificate"))?;

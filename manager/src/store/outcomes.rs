@@ -18,10 +18,12 @@ use tm_protocol::{
 };
 
 use super::{
-    StoreError, Tx, agent_failure,
+    StoreError, Tx, agent_failure, coverage,
     detections::names,
     events::{self, NewEvent},
-    incidents, specs,
+    incidents,
+    receipts::{self, ReceiptRow},
+    specs,
     tasks::json,
 };
 
@@ -203,9 +205,22 @@ pub(super) async fn conclude(
     if !head.state.may_become(end.state) || !end.state.is_final() {
         return Ok(false);
     }
+    let mut refused = false;
     let result = match end.what {
-        What::Nothing => None,
-        What::Scan(coverage) => Some(scan_json(coverage)?),
+        What::Nothing => {
+            if head.kind == TaskKind::Scan && end.state == TaskState::Failed {
+                let spec = receipts::order(tx, head).await?;
+                coverage::record(tx, head, end.state, &spec, None, now_ms).await?;
+            }
+            None
+        }
+        What::Scan(coverage) => {
+            let (spec, receipt) = receipts::look_at(tx, head, end.state, coverage).await?;
+            coverage::record(tx, head, end.state, &spec, Some((coverage, &receipt)), now_ms).await?;
+            let result = scan_json(coverage, &receipt)?;
+            refused = receipt.is_refused();
+            Some(result)
+        }
         What::Treatment(tally) => Some(serde_json::json!(tally).to_string()),
     };
     let changed = sqlx::query(
@@ -224,6 +239,21 @@ pub(super) async fn conclude(
     .map_err(StoreError::query("end a task"))?;
     if changed.rows_affected() == 0 {
         return Ok(false);
+    }
+    if refused {
+        let message =
+            "the receipt of a scan is not signed by the endpoint's key; what it says is kept, marked so";
+        let event = NewEvent {
+            endpoint: head.endpoint,
+            kind: EventKind::Agent,
+            status: EventStatus::Unsuccessful,
+            detail: "receipt-refused",
+            message,
+            task: Some(head.id),
+            incident: None,
+            at_ms: now_ms,
+        };
+        events::append(tx, event).await?;
     }
     // What changes nothing on an endpoint is no event of its threats; the audit log has the order.
     if !head.dry_run {
@@ -443,6 +473,7 @@ struct ScanResultRow<'a> {
     samples: Vec<SampleRow<'a>>,
     elapsed_ms: u64,
     cpu_ms: u64,
+    receipt: &'a ReceiptRow,
 }
 
 #[derive(Debug, Serialize)]
@@ -452,7 +483,7 @@ struct SampleRow<'a> {
     reason: &'a str,
 }
 
-fn scan_json(coverage: &Coverage) -> Result<String, StoreError> {
+fn scan_json(coverage: &Coverage, receipt: &ReceiptRow) -> Result<String, StoreError> {
     let row = ScanResultRow {
         verdict: coverage.verdict(),
         files: coverage.files,
@@ -471,6 +502,7 @@ fn scan_json(coverage: &Coverage) -> Result<String, StoreError> {
             .collect(),
         elapsed_ms: coverage.elapsed_ms,
         cpu_ms: coverage.cpu_ms,
+        receipt,
     };
     serde_json::to_string(&row).map_err(|_| StoreError::content("coverage", "unwritable"))
 }

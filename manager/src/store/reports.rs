@@ -105,7 +105,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::store::{Store, tests::scratch};
+    use crate::store::{Store, specs, tests::scratch};
 
     async fn text(store: &Store, sql: &'static str) -> String {
         sqlx::query(sql).fetch_one(store.reader()).await.unwrap().get(0)
@@ -156,10 +156,11 @@ mod tests {
         }
         sqlx::query(
             "INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms, deadline_ms)
-             VALUES ($1, $2, 'scan', '{}', 'queued', 'a', '', 0, 1, 1)",
+             VALUES ($1, $2, 'scan', $3, 'queued', 'a', '', 0, 1, 1)",
         )
         .bind(task.to_string())
         .bind(own.to_string())
+        .bind(specs::to_json(&specs::tests::scan()))
         .execute(&mut *tx)
         .await
         .unwrap();

@@ -7,7 +7,7 @@ use sqlx::Row as _;
 use tm_protocol::{
     ids::{EndpointId, Sha256, TaskId, VaultId},
     report::PathBytes,
-    task::{CleanupSpec, PatternRef, RestoreSpec, ScanLimits, ScanSpec, TaskKind, TaskSpec},
+    task::{CleanupSpec, PatternRef, RestoreSpec, ScanLimits, ScanOptions, ScanSpec, TaskKind, TaskSpec},
 };
 
 use super::{
@@ -45,9 +45,24 @@ pub(super) async fn under_way(
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum SpecRow {
-    Scan { paths_b64: Vec<String>, patterns: Vec<PatternRef>, limits: ScanLimits },
-    Cleanup { detections: Vec<Sha256>, dry_run: bool },
-    Restore { items: Vec<VaultId>, to_b64: Option<String>, set_id: bool, dry_run: bool },
+    Scan {
+        paths_b64: Vec<String>,
+        patterns: Vec<PatternRef>,
+        limits: ScanLimits,
+        /// Missing in orders of before there were options.
+        #[serde(default)]
+        options: ScanOptions,
+    },
+    Cleanup {
+        detections: Vec<Sha256>,
+        dry_run: bool,
+    },
+    Restore {
+        items: Vec<VaultId>,
+        to_b64: Option<String>,
+        set_id: bool,
+        dry_run: bool,
+    },
 }
 
 /// A spec for the `spec` column.
@@ -57,6 +72,7 @@ pub(super) fn to_json(spec: &TaskSpec) -> String {
             paths_b64: scan.paths.iter().map(|path| STANDARD.encode(&path.0)).collect(),
             patterns: scan.patterns.clone(),
             limits: scan.limits,
+            options: scan.options,
         },
         TaskSpec::Cleanup(cleanup) => {
             SpecRow::Cleanup { detections: cleanup.detections.clone(), dry_run: cleanup.dry_run }
@@ -77,9 +93,9 @@ pub(super) fn to_json(spec: &TaskSpec) -> String {
 /// If it was not written by this room.
 pub(crate) fn from_json(text: &str) -> Result<TaskSpec, StoreError> {
     match json::<SpecRow>("task spec", text)? {
-        SpecRow::Scan { paths_b64, patterns, limits } => {
+        SpecRow::Scan { paths_b64, patterns, limits, options } => {
             let paths = paths_b64.iter().map(|p| bytes(p).map(PathBytes)).collect::<Result<_, _>>()?;
-            Ok(TaskSpec::Scan(ScanSpec { paths, patterns, limits }))
+            Ok(TaskSpec::Scan(ScanSpec { paths, patterns, limits, options }))
         }
         SpecRow::Cleanup { detections, dry_run } => {
             Ok(TaskSpec::Cleanup(CleanupSpec { detections, dry_run }))
@@ -98,6 +114,7 @@ pub(super) fn what(spec: &TaskSpec) -> serde_json::Value {
             "paths": scan.paths.iter().map(PathBytes::to_string).collect::<Vec<_>>(),
             "patterns": scan.patterns.iter().map(|p| p.sha256.to_string()).collect::<Vec<_>>(),
             "limits": scan.limits,
+            "options": scan.options,
         }),
         TaskSpec::Cleanup(cleanup) => json!({
             "detections": cleanup.detections.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -123,6 +140,7 @@ pub(crate) mod tests {
             paths: vec![PathBytes(b"/srv/\xff\n".to_vec())],
             patterns: vec![PatternRef { sha256: Sha256::new([1; 32]), size: 3, name: "p".to_owned() }],
             limits: ScanLimits::default(),
+            options: ScanOptions { all_local: true, cpu_percent: Some(10) },
         })
     }
 

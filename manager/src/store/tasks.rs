@@ -15,7 +15,9 @@ use tm_protocol::{
 use super::{
     Store, StoreError, Tx,
     audit::{self, Entry},
-    outcomes, specs,
+    outcomes,
+    receipts::ReceiptRow,
+    specs,
 };
 
 const SELECT: &str = "SELECT task.id, task.endpoint_id, endpoint.host, task.kind, task.state, task.code,
@@ -75,6 +77,9 @@ pub(crate) struct ScanRow {
     pub(crate) samples: Vec<SampleRow>,
     pub(crate) elapsed_ms: u64,
     pub(crate) cpu_ms: u64,
+    /// `None` of before there were receipts.
+    #[serde(default)]
+    pub(crate) receipt: Option<ReceiptRow>,
 }
 
 /// One thing that was not looked at.

@@ -19,7 +19,7 @@ use std::{
 use tm_patterns::{InvalidPattern, Pattern};
 use tm_protocol::{
     report::{PathBytes, Verdict},
-    task::ScanLimits,
+    task::{ScanLimits, ScanOptions},
 };
 use tm_scanner::{
     check::{CheckError, check_with as try_pattern},
@@ -29,7 +29,7 @@ use tm_scanner::{
 use self::{
     paths::PatternsAndPaths,
     report::{Format, Report},
-    units::{parse_duration_ms, parse_size},
+    units::{parse_duration_ms, parse_percent, parse_size},
 };
 use crate::scan::{
     Error, Order, all_cores, chain, memory, missing_line, problem_line, run_with, seen::check_place,
@@ -55,6 +55,9 @@ pub(crate) struct Args {
     /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)
     #[arg(long)]
     all_local: bool,
+    /// Most CPU time, on average, in percent of one core (1 to 100; files are then looked at one by one)
+    #[arg(long, value_name = "N%", value_parser = parse_percent, conflicts_with = "threads")]
+    cpu: Option<u8>,
     /// Look at what runs, what starts by itself, and where things are dropped
     ///
     /// Running programs, autostart places, /tmp, /var/tmp, /dev/shm, and in home folders what is executable or was
@@ -161,10 +164,10 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     let paths = args.what.paths.iter().map(|path| bytes(path)).collect();
     let mut order = Order::new(paths, patterns, args.limits.limits());
     order.threads = args.threads.map_or_else(all_cores, usize::from);
-    order.all_local = args.all_local;
+    order.options = ScanOptions { all_local: args.all_local, cpu_percent: args.cpu };
     if args.full {
         order.paths = vec![PathBytes::from(&b"/"[..])];
-        order.all_local = true;
+        order.options.all_local = true;
     }
     order.quick = args.quick;
     order.memory = args.processes.then_some(memory::MOST_BYTES);
@@ -326,6 +329,11 @@ mod tests {
             "--max-file-size 1XB --pattern a /x",
             "--file-timeout 5 --pattern a /x",
             "--threads 0 --pattern a /x",
+            "--cpu 0% --pattern a /x",
+            "--cpu 101% --pattern a /x",
+            "--cpu 5.5% --pattern a /x",
+            "--cpu 256 --pattern a /x",
+            "--cpu 10% --threads 2 --pattern a /x",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

@@ -30,6 +30,13 @@ pub(super) fn parse_duration_ms(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Reads `10%` or `10`: 1 to 100.
+pub(super) fn parse_percent(text: &str) -> Result<u8, String> {
+    let number = text.strip_suffix('%').unwrap_or(text);
+    let percent = number.parse().ok().filter(|percent| (1..=100).contains(percent));
+    percent.ok_or_else(|| "expected a share of one core from 1% to 100%".to_owned())
+}
+
 fn split(text: &str) -> (&str, &str) {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     text.split_at_checked(end).unwrap_or((text, ""))

@@ -3,8 +3,10 @@
 //! The nouns that stand for work on endpoints have files of their own.
 
 mod cleanup;
+mod coverage;
 mod endpoint;
 mod event;
+mod limits;
 mod order;
 mod scan;
 mod task;
@@ -21,6 +23,7 @@ use tm_api::account::Role;
 
 pub(crate) use self::{
     cleanup::{Cleanup, RunCleanup},
+    coverage::Coverage,
     endpoint::Endpoint,
     event::{Event, EventFilter, ListEvents},
     order::{Terms, To},
@@ -115,6 +118,20 @@ pub(crate) enum Command {
     /// Look at files on endpoints
     #[command(subcommand)]
     Scan(Scan),
+    /// Show what nobody has looked at for how long
+    #[command(
+        long_about = "Show which endpoints nobody has looked at: those where no scan has gone through the \
+        whole of a path within so many days, without a gap.\n\n\
+        covered: looked at within the days (--all lists these too). stale: longer ago. incomplete: the newest \
+        scan left gaps, or did not go through; they are named. never: no scan of the path has ended. A scan of a \
+        folder covers all below it. What was scanned without --all-local has gaps where other file systems are \
+        mounted (other-filesystem).\n\n\
+        Examples:\n  \
+        tmctl coverage\n  \
+        tmctl coverage --days 30 --path /home --group servers\n  \
+        tmctl coverage web-07 --all -o json"
+    )]
+    Coverage(Box<Coverage>),
     /// Remove what was detected
     #[command(subcommand)]
     Cleanup(Cleanup),

@@ -4,7 +4,10 @@ use std::{ffi::OsString, time::Duration};
 
 use clap::{Args, Subcommand};
 
-use super::order::{LAST_WORD, To, absolute_path};
+use super::{
+    limits::{LimitArgs, OptionArgs},
+    order::{LAST_WORD, To, absolute_path},
+};
 use crate::duration;
 
 /// `tmctl scan`.
@@ -22,6 +25,7 @@ pub(crate) enum Scan {
         tmctl scan start web-07 --path /srv --path /home --wait\n  \
         tmctl scan start --group servers --path / --when-connected \\\n      --expires 7d --reason 'case 12'\n  \
         tmctl scan start --query needs-cleanup --path / --wait\n  \
+        tmctl scan start web-07 --path / --all-local --cpu 10%\n  \
         tmctl scan start 10.0.0.7 --path /tmp --wait -o json > receipt.json")]
     Start(Box<StartScan>),
 }
@@ -50,18 +54,18 @@ pub(crate) struct StartScan {
     /// Why, for the record
     #[arg(long, default_value = "", hide_default_value = true)]
     pub(crate) reason: String,
-    /// How many containers deep to look; 0 reads archives raw only
-    #[arg(long, value_name = "N")]
-    pub(crate) max_depth: Option<u32>,
-    /// Longest time for one file
-    #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
-    pub(crate) file_timeout: Option<Duration>,
     /// Stay until every task has ended, and exit by the outcome
     #[arg(long)]
     pub(crate) wait: bool,
     /// Stay no longer than this [default: as long as the tasks may take]
     #[arg(long, value_name = "DURATION", requires = "wait", value_parser = duration::parse)]
     pub(crate) timeout: Option<Duration>,
+    /// How to go about it.
+    #[command(flatten)]
+    pub(crate) options: OptionArgs,
+    /// How far to go with one file.
+    #[command(flatten)]
+    pub(crate) limits: LimitArgs,
 }
 
 impl StartScan {
@@ -93,6 +97,9 @@ mod tests {
             &["web", "--path", "srv"],
             &["web", "--path", "/srv", "--timeout", "5m"],
             &["web", "--path", "/srv", "--expires", "5"],
+            &["web", "--path", "/srv", "--cpu", "0"],
+            &["web", "--path", "/srv", "--no-archives", "--max-depth", "1"],
+            &["web", "--path", "/srv", "--max-file-size", "1GB"],
             &["--query", "needs-holiday", "--path", "/srv"],
         ] {
             assert_eq!(parse(bad).unwrap_err().exit_code(), 2, "{bad:?}");

@@ -31,6 +31,14 @@ pub(crate) enum Task {
         limit: u32,
     },
     /// Show one task: state, progress, and what came of it
+    #[command(long_about = "Show one task: state, progress, and what came of it.\n\n\
+        A scan's receipt is signed by the key of the endpoint's certificate. To check it without the manager's \
+        word (-o json holds the signature, the key and the signed text, each in base64; ECDSA over SHA-256):\n  \
+        tmctl task show T -o json > t.json\n  \
+        jq -r .result.receipt.signature t.json | base64 -d > t.sig\n  \
+        jq -r .result.receipt.signed_bytes_b64 t.json | base64 -d > t.txt\n  \
+        jq -r .result.receipt.key t.json | base64 -d \\\n      | openssl pkey -pubin -inform DER -out t.pem\n  \
+        openssl dgst -sha256 -verify t.pem -signature t.sig t.txt")]
     Show {
         /// Its id
         task: String,

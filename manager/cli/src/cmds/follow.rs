@@ -167,6 +167,7 @@ mod tests {
                         skipped_paths: Vec::new(),
                         elapsed_s: 1.0,
                         cpu_s: 1.0,
+                        receipt: None,
                     }));
                 }
             }

@@ -6,6 +6,7 @@ mod cancel;
 pub(crate) mod cleanup;
 pub(crate) mod completions;
 mod confirm;
+pub(crate) mod coverage;
 pub(crate) mod endpoint;
 pub(crate) mod event;
 mod follow;

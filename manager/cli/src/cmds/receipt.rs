@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use serde::Serialize;
-use tm_api::task::{DetectionView, ScanResult, TaskView};
+use tm_api::task::{DetectionView, ReceiptView, ScanResult, TaskView};
 use tm_protocol::{report::Verdict, task::TaskState, text::escape_for_display};
 
 use crate::{
@@ -216,6 +216,15 @@ pub(super) fn why(task: &TaskView) -> String {
         .collect()
 }
 
+/// What is known of a receipt's signature.
+pub(super) fn signed(receipt: &ReceiptView) -> String {
+    match (receipt.verified, &receipt.problem) {
+        (true, _) => "signed by the endpoint's key, verified".to_owned(),
+        (false, None) => "not verified".to_owned(),
+        (false, Some(problem)) => format!("not verified: {problem}"),
+    }
+}
+
 fn receipt(text: &mut String, result: &ScanResult, verdict: Verdict) {
     let _ = writeln!(
         text,
@@ -226,6 +235,9 @@ fn receipt(text: &mut String, result: &ScanResult, verdict: Verdict) {
         result.elapsed_s,
         result.cpu_s,
     );
+    if let Some(receipt) = result.receipt.as_deref().filter(|receipt| !receipt.verified) {
+        let _ = writeln!(text, "  receipt: {}", escape_for_display(&signed(receipt)));
+    }
     if !result.skipped.is_empty() {
         let reasons: Vec<String> = result
             .skipped
@@ -263,6 +275,7 @@ mod tests {
             skipped_paths: Vec::new(),
             elapsed_s: 0.25,
             cpu_s: 0.5,
+            receipt: None,
         });
         let mut task = crate::cmds::samples::task("scan", state);
         task.result = result.map(tm_api::task::TaskResult::Scan);

@@ -5,7 +5,6 @@ use std::{ffi::OsString, os::unix::ffi::OsStrExt as _};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tm_api::task::{self, TaskView};
-use tm_protocol::task::ScanLimits;
 use tokio::time::Instant;
 
 use crate::{
@@ -64,19 +63,12 @@ async fn with_detections(
 }
 
 fn order(args: StartScan) -> task::StartScan {
-    let defaults = ScanLimits::default();
-    let limits = ScanLimits {
-        depth: args.max_depth.unwrap_or(defaults.depth),
-        file_ms: args
-            .file_timeout
-            .map_or(defaults.file_ms, |limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
-        ..defaults
-    };
     task::StartScan {
         to: args.to.into_targets(),
         paths_b64: args.paths.iter().map(encoded).collect(),
         patterns: args.patterns,
-        limits,
+        limits: args.limits.limits(),
+        options: args.options.options(),
         expires_in_s: Some(args.expires.as_secs()),
         deadline_s: Some(args.deadline.as_secs()),
         when_connected: args.when_connected,
@@ -94,12 +86,27 @@ mod tests {
 
     use clap::Parser as _;
 
+    use tm_protocol::task::{ScanLimits, ScanOptions};
+
     use super::*;
     use crate::cli::{Cli, Command};
 
     #[test]
     fn the_order_says_exactly_what_was_typed() {
-        let args = ["tmctl", "scan", "start", "web", "--max-depth", "0", "--file-timeout", "2m", "--path"];
+        let args = [
+            "tmctl",
+            "scan",
+            "start",
+            "web",
+            "--max-depth",
+            "0",
+            "--file-timeout",
+            "2m",
+            "--cpu",
+            "10%",
+            "--all-local",
+            "--path",
+        ];
         let args = args.map(OsString::from).into_iter().chain([OsString::from_vec(b"/\xff".to_vec())]);
         let Command::Scan(Scan::Start(args)) = Cli::try_parse_from(args).unwrap().command else {
             panic!("another command")
@@ -107,6 +114,7 @@ mod tests {
         let order = order(*args);
         assert_eq!(order.paths_b64, ["L/8="]);
         assert_eq!((order.limits.depth, order.limits.file_ms), (0, 120_000));
+        assert_eq!(order.options, ScanOptions { all_local: true, cpu_percent: Some(10) });
         assert_eq!(order.limits.ratio, ScanLimits::default().ratio);
         assert_eq!((order.expires_in_s, order.deadline_s), (Some(3600), Some(86_400)));
         assert_eq!(order.to.targets, ["web"]);

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// How a task looks.
-pub(crate) const TASKS: [Column<TaskView>; 18] = [
+pub(crate) const TASKS: [Column<TaskView>; 19] = [
     Column::id("id", |t| t.id.clone()),
     Column::narrow("kind", |t| t.kind.clone()),
     Column::narrow("host", |t| t.host.clone()),
@@ -29,6 +29,9 @@ pub(crate) const TASKS: [Column<TaskView>; 18] = [
     Column::wide("verdict", |t| receipt::verdict(t).map(|v| v.to_string()).unwrap_or_default()),
     Column::wide("detections", |t| receipt::detections_of(t).map(|n| n.to_string()).unwrap_or_default()),
     Column::wide("files", |t| t.scan().map(|r| r.files.to_string()).unwrap_or_default()),
+    Column::wide("receipt", |t| {
+        t.scan().and_then(|r| r.receipt.as_deref()).map(receipt::signed).unwrap_or_default()
+    }),
     Column::wide("issuer", |t| t.issuer.clone()),
     Column::wide_time("started_at", |t| t.started_at.clone().unwrap_or_default()),
     Column::wide_time("finished_at", |t| t.finished_at.clone().unwrap_or_default()),
