@@ -58,7 +58,7 @@ const ROOTS: [&str; 4] = ["main", "cli", "daemon", "server"];
 /// Cryptography comes from aws-lc-rs alone.
 const BANNED: [&str; 4] = ["ring", "openssl", "openssl-sys", "native-tls"];
 
-const PERMISSIVE: [&str; 14] = [
+const PERMISSIVE: [&str; 15] = [
     "0BSD",
     "Apache-2.0",
     "Apache-2.0 WITH LLVM-exception",
@@ -73,6 +73,7 @@ const PERMISSIVE: [&str; 14] = [
     "Unicode-3.0",
     "Unlicense",
     "Zlib",
+    "bzip2-1.0.6",
 ];
 
 fn root() -> PathBuf {

@@ -16,7 +16,7 @@ fn openssl_accepts(folder: &Path, receipt: &Value, signed: &[u8]) -> bool {
     let bytes = |name: &str| STANDARD.decode(receipt[name].as_str().expect("a text")).expect("base64");
     let file = |name: &str, content: &[u8]| {
         let path = folder.join(name);
-        fs::write(&path, content).unwrap();
+        fs::write(&path, content).expect("a temporary folder is writable");
         path
     };
     let (key, signature) = (file("key", &bytes("key")), file("signature", &bytes("signature")));

@@ -85,6 +85,19 @@ pub(super) fn containers(bytes: &[u8]) -> Vec<Found> {
     found
 }
 
+/// Whether the zip that an unzipper finds in `bytes`, by its last end of a central directory, is the one that begins
+/// and ends in memory with `member`. Not where a size or an offset is told elsewhere (zip64).
+pub(super) fn is_zip_at(bytes: &[u8], member: (usize, usize)) -> bool {
+    let begin = bytes.as_ptr().addr();
+    let Some((from, to)) = member.0.checked_sub(begin).zip(member.1.checked_sub(begin)) else { return false };
+    let Some(end) = memmem::rfind(bytes, b"PK\x05\x06") else { return false };
+    let field =
+        |at: usize| field::le(bytes, end.saturating_add(at), 4).and_then(|value| usize::try_from(value).ok());
+    let (Some(size), Some(offset)) = (field(12), field(16)) else { return false };
+    let base = end.checked_sub(size).and_then(|directory| directory.checked_sub(offset));
+    base == Some(from) && end < to && to <= bytes.len() && bytes.get(from..from + 4) == Some(b"PK\x03\x04")
+}
+
 fn first(bytes: &[u8]) -> Option<Kind> {
     let signature = SIGNATURES.iter().find(|(signature, _)| bytes.starts_with(signature));
     if let Some((signature, kind)) = signature

@@ -65,6 +65,8 @@ pub(crate) struct Walk<'a> {
     chunk: Vec<u8>,
     findings_bytes: usize,
     full: bool,
+    /// Where the member that was judged last, as it lies in its container, begins and ends in memory.
+    last: (usize, usize),
     findings: Findings,
 }
 
@@ -77,6 +79,7 @@ pub(crate) fn look(engine: &mut Engine, limits: &ScanLimits, bytes: &[u8]) -> Fi
         chunk: vec![0; CHUNK],
         findings_bytes: 0,
         full: false,
+        last: (0, 0),
         findings: Findings::default(),
     };
     walk.judge(bytes);
@@ -95,8 +98,10 @@ impl Walk<'_> {
         if judged.timed_out {
             return self.skip(SkipReason::Timeout);
         }
-        for Found { kind, at } in kind::containers(bytes) {
-            if kind == Kind::Other {
+        for (number, Found { kind, at }) in kind::containers(bytes).into_iter().enumerate() {
+            if number > 0 && kind == Kind::Zip && kind::is_zip_at(bytes, self.last) {
+                // The last member of a tar, which was judged as such: an unzipper finds the same in the whole.
+            } else if kind == Kind::Other {
                 self.skip(SkipReason::Unsupported);
             } else if !self.budget.allows_depth(self.within.len()) {
                 return self.skip(SkipReason::Limit);
@@ -131,6 +136,8 @@ impl Walk<'_> {
         let allowed = self.budget.view(len(bytes));
         if allowed {
             self.named(name, |walk| walk.judge(bytes));
+            let begin = bytes.as_ptr().addr();
+            self.last = (begin, begin.saturating_add(bytes.len()));
         } else {
             self.skip_member(name, SkipReason::Limit);
         }

@@ -129,6 +129,21 @@ fn a_program_or_a_picture_in_front_of_a_zip_hides_nothing() {
 }
 
 #[test]
+fn a_zip_at_the_end_of_a_tar_is_read_once_and_one_across_its_members_both_ways() {
+    let zip = samples::zip(&[Entry::of_plain("deep.txt", 0, &samples::plain())]);
+    let once = look(&samples::tar("inner.zip", &zip, |_| {}));
+    assert_eq!(once.matches.iter().filter(|found| found.member.len() == 2).count(), 1, "{:?}", once.matches);
+    // An unzipper reads this one from the header of the tar on: other bytes than the member's.
+    let mut behind = samples::tar("inner.zip", &zip, |_| {});
+    let tail = samples::zip(&[Entry::of_plain("other.txt", 0, &samples::plain())]);
+    behind.extend_from_slice(&tail);
+    let found = look(&behind);
+    let names: Vec<String> = found.matches.iter().map(|found| joined(&found.member)).collect();
+    assert!(names.iter().any(|name| name.ends_with("other.txt")), "{names:?}");
+    assert!(names.iter().any(|name| name.ends_with("deep.txt")), "{names:?}");
+}
+
+#[test]
 fn what_is_encrypted_or_has_no_reader_is_said() {
     let mut entry = Entry::of_plain("secret", 8, b"whatever it is");
     entry.flags = 1;

@@ -292,19 +292,21 @@ impl Reader<'_> {
 
     fn equal(&self, left: &Expression, right: &Expression, current: Option<usize>) -> Demand {
         let Kind::Integer(n) = &right.expr else { return Demand::NOTHING };
-        match &left.expr {
-            Kind::Count(name) | Kind::CountInRange { variable_name: name, .. } if *n > 0 => {
-                self.string(name, current)
-            }
-            Kind::Filesize => {
-                let size = u64::try_from(*n).unwrap_or_default();
-                Demand { size: (size, size), ..Demand::NOTHING }
-            }
-            Kind::ReadInteger { ty, addr } if matches!(addr.expr, Kind::Integer(0)) => {
-                read_bytes(*ty, *n).map_or(Demand::NOTHING, |start| Demand::starts(vec![start]))
-            }
-            _ => Demand::NOTHING,
+        if let Kind::Count(name) | Kind::CountInRange { variable_name: name, .. } = &left.expr
+            && *n > 0
+        {
+            return self.string(name, current);
         }
+        if matches!(left.expr, Kind::Filesize) {
+            let size = u64::try_from(*n).unwrap_or_default();
+            return Demand { size: (size, size), ..Demand::NOTHING };
+        }
+        if let Kind::ReadInteger { ty, addr } = &left.expr
+            && matches!(addr.expr, Kind::Integer(0))
+        {
+            return read_bytes(*ty, *n).map_or(Demand::NOTHING, |start| Demand::starts(vec![start]));
+        }
+        Demand::NOTHING
     }
 
     fn for_strings(
@@ -323,16 +325,13 @@ impl Reader<'_> {
             ForSelection::Any => 1,
             ForSelection::All => members.len(),
             ForSelection::None => return Demand::NOTHING,
-            ForSelection::Expr { expr, as_percent } => match expr.expr {
-                Kind::Integer(n) if n > 0 => {
-                    if *as_percent {
-                        1
-                    } else {
-                        usize::try_from(n).unwrap_or(usize::MAX)
-                    }
+            ForSelection::Expr { expr, as_percent } => {
+                let Kind::Integer(n) = expr.expr else { return Demand::NOTHING };
+                if n <= 0 {
+                    return Demand::NOTHING;
                 }
-                _ => return Demand::NOTHING,
-            },
+                if *as_percent { 1 } else { usize::try_from(n).unwrap_or(usize::MAX) }
+            }
         };
         let demands: Vec<Demand> = members
             .into_iter()
@@ -402,7 +401,7 @@ impl Reader<'_> {
             }
             return self.module_value(identifier);
         }
-        if identifier.operations.is_empty() && !self.bound.iter().any(|bound| *bound == identifier.name) {
+        if identifier.operations.is_empty() && !self.bound.contains(&identifier.name) {
             return self.known.get(&identifier.name).cloned().unwrap_or(Demand::NOTHING);
         }
         Demand::NOTHING

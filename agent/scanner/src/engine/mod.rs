@@ -147,7 +147,7 @@ impl Engine {
     /// As [`Self::compile`]; sets of up to `few` rules are run as a whole, and with 0 none, whatever its rules.
     fn compile_for(texts: &[(Sha256, String)], few: usize) -> Result<(Self, u32, Vec<Problem>), Refused> {
         let mut built = Built::new();
-        let mut warnings = Vec::new();
+        let (mut warnings, mut units) = (Vec::new(), Vec::new());
         for (index, (sha256, text)) in texts.iter().enumerate() {
             match built.add(sha256, text) {
                 Ok(status) => warnings.extend(status.warnings().map(|w| problem(&w.to_string()))),
@@ -155,11 +155,16 @@ impl Engine {
                     return Err(Refused { pattern: index, problems: vec![problem(&error.to_string())] });
                 }
             }
-            warnings.extend(lint::look(text));
+            // The compiler has parsed it too, and keeps what it read to itself.
+            let file = boreal_parser::parse(text).map_err(|error| {
+                let message = format!("cannot be read a second time: {error:?}");
+                Refused { pattern: index, problems: vec![Problem { line: 0, column: 0, message }] }
+            })?;
+            warnings.extend(lint::look(text, &file));
+            units.extend(units::cut(index, text, &file));
         }
         let whole = built.finish();
         let rules = whole.rules().count();
-        let units = units::cut(texts.iter().map(|(_, text)| text.as_str()));
         let mut order: HashMap<Sha256, HashMap<String, usize>> = HashMap::new();
         for (place, rule) in whole.rules().enumerate() {
             if let Ok(sha256) = rule.namespace.parse() {

@@ -12,7 +12,7 @@ use boreal_parser::{
     expression::{
         Expression, ExpressionKind as Kind, ForIterator, ForSelection, Identifier, IdentifierOperationType,
     },
-    file::YaraFileComponent,
+    file::{YaraFile, YaraFileComponent},
     rule::Rule,
 };
 
@@ -41,16 +41,12 @@ struct Member {
     demand: Demand,
 }
 
-/// Cuts rule texts, each a namespace of its own, into units. Every text has been accepted by the compiler.
-pub(super) fn cut<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<Unit> {
-    texts.enumerate().flat_map(|(index, text)| cut_one(index, text)).collect()
-}
-
-fn cut_one(index: usize, text: &str) -> Vec<Unit> {
+/// Cuts a text into units. It is the namespace `index`, has been accepted by the compiler, and was parsed: `file`.
+pub(super) fn cut(index: usize, text: &str, file: &YaraFile) -> Vec<Unit> {
     let verbatim = |demand| {
-        vec![Unit { text: index, imports: Vec::new(), ranges: vec![0..text.len()], demand, whole: true }]
+        let ranges = Vec::from([Range { start: 0, end: text.len() }]);
+        vec![Unit { text: index, imports: Vec::new(), ranges, demand, whole: true }]
     };
-    let Ok(file) = boreal_parser::parse(text) else { return verbatim(Demand::NOTHING) };
     let modules: Vec<String> = file
         .components
         .iter()

@@ -127,7 +127,7 @@ fn text_string(dice: &mut Dice, plants: &mut Vec<Vec<u8>>) -> String {
         11 => "private",
         _ => "",
     };
-    let text = word.replace('\\', "\\").replace('"', "\\\"");
+    let text = word.replace('"', "\\\"");
     if modifiers.contains("wide") {
         plants.push(wide(&bytes));
     }
