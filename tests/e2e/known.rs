@@ -34,7 +34,9 @@ fn a_second_scan_reads_what_changed_and_a_new_pattern_alone_reads_the_rest() {
     assert_eq!((second["files"].as_u64(), &second["bytes"]), (files, &first["bytes"]));
     if second["known"] == 0 {
         let kind = Command::new("stat").args(["-f", "-c", "%T"]).arg(tree).output().unwrap().stdout;
-        assert_eq!(String::from_utf8_lossy(&kind).trim(), "overlayfs", "whose times are not to be trusted");
+        let kind = String::from_utf8_lossy(&kind).trim().to_owned();
+        let trusted = ["ext2/ext3", "xfs", "btrfs", "f2fs"];
+        assert!(!trusted.contains(&kind.as_str()), "only times that are not to be trusted excuse it: {kind}");
         return;
     }
     assert_eq!(second["known"].as_u64(), files);
