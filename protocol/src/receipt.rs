@@ -73,6 +73,7 @@ pub fn statement(
     line("whole", &receipt.whole);
     line("files", &coverage.files);
     line("bytes", &coverage.bytes);
+    line("known", &coverage.known);
     line("detections", &coverage.detections);
     for (reason, count) in &coverage.skipped {
         line("skipped", &format_args!("{reason} {count}"));
@@ -161,7 +162,8 @@ mod tests {
             change(&mut other);
             assert_ne!(said(&other, &coverage, &receipt), before);
         }
-        let coverages: [fn(&mut Coverage); 6] = [
+        let coverages: [fn(&mut Coverage); 7] = [
+            |c| c.known += 1,
             |c| c.files += 1,
             |c| c.bytes += 1,
             |c| c.skipped.clear(),

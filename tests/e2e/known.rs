@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
 use serde_json::Value;
-use tm_tests::standalone;
+use tm_tests::{Lab, standalone};
 
 const ONE: &str = "rule one { strings: $a = \"never-to-be-found-4711\" condition: $a }";
 
@@ -62,4 +62,21 @@ fn a_cache_that_others_could_write_is_not_used() {
     let output = output.expect(2);
     assert!(output.err().contains("others may write"), "{}", output.err());
     assert!(!cache.exists());
+}
+
+#[test]
+fn an_ordered_scan_says_how_much_it_did_not_read_again() {
+    let lab = Lab::start();
+    let agent = lab.agent();
+    lab.import("one.yar", ONE).expect(0);
+    // Its files were changed long enough ago.
+    let tree = Path::new("/usr/share/perl5");
+    lab.scan(&agent, tree).expect(0);
+    let first = lab.newest_task(&agent).unwrap()["result"].clone();
+    assert_eq!(first["known"], 0, "{first}");
+    let printed = lab.scan(&agent, tree).expect(0);
+    let second = lab.newest_task(&agent).unwrap()["result"].clone();
+    assert_eq!(second["files"], first["files"], "{}", printed.both());
+    assert!(second["known"] == second["files"] || second["known"] == 0, "{second}");
+    assert_eq!(second["receipt"]["verified"], true, "what was not read is in the signed statement: {second}");
 }

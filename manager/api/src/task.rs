@@ -295,6 +295,10 @@ pub struct ScanResult {
     pub files: u64,
     /// Bytes of those files.
     pub bytes: u64,
+    /// How many of those files were not read now: the same patterns had found them clean, and they have not
+    /// changed since.
+    #[serde(default)]
+    pub known: u64,
     /// Detections in all.
     pub detections: u64,
     /// Skips by reason.

@@ -137,7 +137,7 @@ pub(crate) fn view(row: TaskRow) -> Result<TaskView, StoreError> {
 fn result_view(row: ResultRow, state: TaskState) -> Result<TaskResult, StoreError> {
     match row {
         ResultRow::Scan(row) => {
-            let mut view = scan_view(row)?;
+            let mut view = scan_view(*row)?;
             // What a scan did not come to is not clean.
             if state != TaskState::Done && view.verdict == Verdict::Clean {
                 view.verdict = Verdict::Incomplete;
@@ -162,6 +162,7 @@ fn scan_view(row: ScanRow) -> Result<ScanResult, StoreError> {
     Ok(ScanResult {
         verdict: row.verdict,
         files: row.files,
+        known: row.known,
         bytes: row.bytes,
         detections: row.detections,
         skipped: row.skipped,

@@ -468,6 +468,7 @@ struct ScanResultRow<'a> {
     verdict: Verdict,
     files: u64,
     bytes: u64,
+    known: u64,
     detections: u64,
     skipped: BTreeMap<&'static str, u64>,
     samples: Vec<SampleRow<'a>>,
@@ -488,6 +489,7 @@ fn scan_json(coverage: &Coverage, receipt: &ReceiptRow) -> Result<String, StoreE
         verdict: coverage.verdict(),
         files: coverage.files,
         bytes: coverage.bytes,
+        known: coverage.known,
         detections: coverage.detections,
         skipped: coverage.skipped.iter().map(|(reason, count)| (reason.word(), *count)).collect(),
         samples: coverage

@@ -61,7 +61,7 @@ pub(crate) struct ProgressRow {
 /// What a task came to, by its kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ResultRow {
-    Scan(ScanRow),
+    Scan(Box<ScanRow>),
     /// Of a cleanup or a restore.
     Treatment(Tally),
 }
@@ -72,6 +72,8 @@ pub(crate) struct ScanRow {
     pub(crate) verdict: Verdict,
     pub(crate) files: u64,
     pub(crate) bytes: u64,
+    #[serde(default)]
+    pub(crate) known: u64,
     pub(crate) detections: u64,
     pub(crate) skipped: BTreeMap<String, u64>,
     pub(crate) samples: Vec<SampleRow>,

@@ -161,6 +161,7 @@ mod tests {
                     task.result = Some(TaskResult::Scan(ScanResult {
                         verdict: Verdict::Detected,
                         files: 9,
+                        known: 0,
                         bytes: 1024,
                         detections: 1,
                         skipped: std::collections::BTreeMap::new(),

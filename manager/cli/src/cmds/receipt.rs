@@ -235,6 +235,9 @@ fn receipt(text: &mut String, result: &ScanResult, verdict: Verdict) {
         result.elapsed_s,
         result.cpu_s,
     );
+    if result.known > 0 {
+        let _ = writeln!(text, "  {} of them known clean, unchanged since they were read", result.known);
+    }
     if let Some(receipt) = result.receipt.as_deref().filter(|receipt| !receipt.verified) {
         let _ = writeln!(text, "  receipt: {}", escape_for_display(&signed(receipt)));
     }
@@ -269,6 +272,7 @@ mod tests {
         let result = verdict.map(|verdict| ScanResult {
             verdict,
             files: 3,
+            known: 0,
             bytes: 2048,
             detections: u64::from(verdict == Verdict::Detected),
             skipped: BTreeMap::new(),
