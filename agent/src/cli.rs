@@ -19,9 +19,6 @@ use crate::{
     vault,
 };
 
-/// A call that makes no sense, for `scan` (sysexits.h, `EX_USAGE`).
-const EXIT_SCAN_USAGE: u8 = 64;
-
 /// Finds malicious software on this endpoint.
 #[derive(Debug, Parser)]
 #[command(name = "tm-agent", version, propagate_version = true)]
@@ -122,7 +119,7 @@ pub(crate) fn run() -> ExitCode {
             return if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
                 ExitCode::SUCCESS
             } else if std::env::args_os().nth(1).is_some_and(|verb| verb == "scan") {
-                ExitCode::from(EXIT_SCAN_USAGE)
+                ExitCode::from(standalone::EXIT_USAGE)
             } else {
                 ExitCode::from(2)
             };

@@ -9,7 +9,7 @@ mod batch;
 mod crews;
 mod ledger;
 mod links;
-pub(crate) mod memory;
+mod memory;
 mod pace;
 mod quick;
 mod seen;
@@ -70,20 +70,17 @@ const HELD: Duration = Duration::from_millis(20);
 /// Where to look, with what, and how.
 #[derive(Debug)]
 pub(crate) struct Order {
-    /// Files and folders.
+    /// Files and folders. A full scan has none and looks at the root.
     pub(crate) paths: Vec<PathBytes>,
-    /// Look at what a quick scan looks at, too.
-    pub(crate) quick: bool,
     /// What to look for.
     pub(crate) patterns: Vec<Pattern>,
     /// How far to go with one file.
     pub(crate) limits: ScanLimits,
-    /// How to go about it. A share of a core means one file at a time, whatever `threads` says.
+    /// What else to look at and how to go about it. A share of a core means one file at a time, whatever `threads`
+    /// says.
     pub(crate) options: ScanOptions,
     /// Where it is kept which files are known clean; nothing is remembered without.
     pub(crate) seen: Option<PathBuf>,
-    /// Look at the memory of processes too, at most so many bytes of each.
-    pub(crate) memory: Option<u64>,
     /// Scanning threads in the worker, at least 1.
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
@@ -97,16 +94,21 @@ impl Order {
     pub(crate) fn new(paths: Vec<PathBytes>, patterns: Vec<Pattern>, limits: ScanLimits) -> Self {
         Self {
             paths,
-            quick: false,
             patterns,
             limits,
             options: ScanOptions::default(),
             seen: None,
-            memory: None,
             threads: all_cores(),
             nice: 10,
             sandboxed: warn_once,
         }
+    }
+}
+
+impl Order {
+    /// Where to walk, besides what a quick scan finds.
+    fn paths(&self) -> Vec<PathBytes> {
+        if self.options.full { vec![PathBytes::from(&b"/"[..])] } else { self.paths.clone() }
     }
 }
 
@@ -244,13 +246,14 @@ type Observer<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 /// queue is bounded; while it is full, the walk waits.
 fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Coverage, Error> {
     let started = Instant::now();
-    walk::check(&order.paths, &|| cancel.load(Ordering::Relaxed))?;
+    let paths = order.paths();
+    walk::check(&paths, &|| cancel.load(Ordering::Relaxed))?;
     let options = PoolOptions {
         threads: if order.options.cpu_percent.is_some() { 1 } else { order.threads.max(1) },
         limits: order.limits,
         nice: order.nice,
     };
-    let seen = order.seen.as_deref().and_then(|path| Seen::open(path, &order.patterns));
+    let seen = order.seen.as_deref().and_then(|path| Seen::open(path, &order.patterns, order.options.fresh));
     let rest = seen.as_ref().map(|seen| with_digests(&order.patterns, seen.rest())).unwrap_or_default();
     // Patterns that have found files clean are known to load; others are tried before anything else is done.
     let may_wait = seen.as_ref().is_some_and(Seen::may_know);
@@ -379,7 +382,7 @@ fn walk_and_take<'scope, 'env, 'books>(
     }
     let stopped = || cancel.load(Ordering::Relaxed) || crews.is_given_up();
     let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
-    let options = walk::Options { all_local: order.options.all_local, patience };
+    let options = walk::Options { all_local: order.options.all_local || order.options.full, patience };
     let started = Instant::now();
     let mut pace = order.options.cpu_percent.map(Pace::new);
     let mut submit = |with, item| {
@@ -391,9 +394,9 @@ fn walk_and_take<'scope, 'env, 'books>(
         crews.submit(with, item);
     };
     let mut cpu = Duration::ZERO;
-    if let Some(most) = order.memory {
+    if order.options.processes {
         start(With::All);
-        memory::walk((most, order.limits.file_bytes), room, &stopped, &mut |met| match met {
+        memory::walk((memory::MOST_BYTES, order.limits.file_bytes), room, &stopped, &mut |met| match met {
             Met::Piece { path, member, file } => {
                 let id = ledger.lock().hand_over_memory(path, member);
                 submit(With::All, Item { id, file });
@@ -402,7 +405,7 @@ fn walk_and_take<'scope, 'env, 'books>(
             Met::Skipped(skipped) => ledger.lock().skip(skipped),
         });
     }
-    let quick = order.quick.then(Quick::now);
+    let quick = order.options.quick.then(Quick::now);
     let mut hand_over = |found, is_home| match found {
         Found::File { facts, .. } if is_home && !is_of_interest(&facts) => {}
         Found::File { path, file, facts } => {
@@ -427,7 +430,7 @@ fn walk_and_take<'scope, 'env, 'books>(
             }
         }
     }
-    for path in order.paths.iter().chain(&whole) {
+    for path in order.paths().iter().chain(&whole) {
         cpu += walk::walk(path, options, &stopped, &mut |found| hand_over(found, false));
     }
     for path in &homes {

@@ -87,7 +87,8 @@ pub struct RunRestore {
 pub struct StartScan {
     /// For whom.
     pub to: Targets,
-    /// Absolute paths, each base64 of its exact bytes.
+    /// Absolute paths, each base64 of its exact bytes. None are needed where the options say what to look at.
+    #[serde(default)]
     pub paths_b64: Vec<String>,
     /// Patterns by name or digest; empty means all that are imported (of each name the newest).
     #[serde(default)]
@@ -166,6 +167,12 @@ pub struct TaskView {
     pub finished_at: Option<String>,
     /// When it expires if it has not begun.
     pub expires_at: String,
+    /// Where a scan looks (escaped), told of a task that is asked for by its id.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<String>,
+    /// What else it looks at and how it goes about it, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<ScanOptions>,
 }
 
 /// How far a running scan is.

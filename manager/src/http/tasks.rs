@@ -13,7 +13,7 @@ use tm_api::{
 use tm_protocol::{
     ids::TaskId,
     report::Verdict,
-    task::TaskState,
+    task::{TaskSpec, TaskState},
     text::{escape, escape_for_display},
 };
 
@@ -49,7 +49,14 @@ pub(crate) async fn list(
 }
 
 pub(crate) async fn show(State(state): State<AppState>, Named(id): Named) -> Result<Json<TaskView>, Error> {
-    Ok(Json(view(one(&state.store, &id).await?)?))
+    let row = one(&state.store, &id).await?;
+    let order = state.store.order_of(row.id).await?;
+    let mut view = view(row)?;
+    if let Some(TaskSpec::Scan(scan)) = order {
+        view.paths = scan.paths.iter().map(|path| escape(&path.0)).collect();
+        view.options = Some(scan.options);
+    }
+    Ok(Json(view))
 }
 
 pub(crate) async fn detections(
@@ -131,6 +138,8 @@ pub(crate) fn view(row: TaskRow) -> Result<TaskView, StoreError> {
         started_at: row.started_ms.map(rfc3339),
         finished_at: row.finished_ms.map(rfc3339),
         expires_at: rfc3339(row.expires_ms),
+        paths: Vec::new(),
+        options: None,
     })
 }
 

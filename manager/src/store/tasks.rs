@@ -217,6 +217,19 @@ impl Store {
         Ok(self.tasks(&TaskFilter { id: Some(id), ..TaskFilter::default() }, 1).await?.pop())
     }
 
+    /// What a task was ordered to do.
+    ///
+    /// # Errors
+    /// As [`Store::tasks`].
+    pub(crate) async fn order_of(&self, id: TaskId) -> Result<Option<TaskSpec>, StoreError> {
+        let row = sqlx::query("SELECT spec FROM task WHERE id = $1")
+            .bind(id.to_string())
+            .fetch_optional(self.reader())
+            .await
+            .map_err(StoreError::query("read an order"))?;
+        row.map(|row| specs::from_json(&row.get::<String, _>(0))).transpose()
+    }
+
     /// Detections of a task after the `after`th, by number, at most `limit`.
     ///
     /// # Errors

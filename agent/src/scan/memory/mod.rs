@@ -30,7 +30,7 @@ const PIECE: u64 = 16 << 20;
 /// What neighbouring pieces of a stretch share, in bytes; a multiple of any page size.
 const OVERLAP: u64 = 64 << 10;
 /// Most bytes of one process that are read, unless told otherwise.
-pub(crate) const MOST_BYTES: u64 = 4 << 30;
+pub(super) const MOST_BYTES: u64 = 4 << 30;
 /// Pieces that may wait or be looked at.
 const AT_ONCE: usize = 4;
 /// How often a wait notices that the scan is called off.

@@ -31,12 +31,12 @@ use self::{
     report::{Format, Report},
     units::{parse_duration_ms, parse_percent, parse_size},
 };
-use crate::scan::{
-    Error, Order, all_cores, chain, memory, missing_line, problem_line, run_with, seen::check_place,
-};
+use crate::scan::{Error, Order, all_cores, chain, missing_line, problem_line, run_with, seen::check_place};
 
 /// Incomplete, or an error stood in the way.
 const EXIT_INCOMPLETE: u8 = 2;
+/// The call makes no sense.
+pub(crate) const EXIT_USAGE: u8 = 64;
 
 /// What `tm-agent scan` is asked.
 #[derive(Debug, clap::Args)]
@@ -64,7 +64,7 @@ pub(crate) struct Args {
     /// changed within two weeks. PATHs are looked at besides.
     #[arg(long)]
     quick: bool,
-    /// Look at every local file system
+    /// Look at every local file system; no PATH stands beside it
     #[arg(long, conflicts_with = "quick")]
     full: bool,
     /// Look at the memory of running processes, too
@@ -73,6 +73,9 @@ pub(crate) struct Args {
     /// Remember in FILE which files are clean, and do not read them again until they or the patterns change
     #[arg(long, value_name = "FILE")]
     cache: Option<PathBuf>,
+    /// Read everything again, also what the cache knows clean
+    #[arg(long, requires = "cache")]
+    fresh: bool,
     #[command(flatten)]
     limits: LimitArgs,
 }
@@ -136,6 +139,10 @@ pub(crate) struct CheckArgs {
 
 /// Scans, prints, and says the verdict by the exit code.
 pub(crate) fn run(args: &Args) -> ExitCode {
+    if let Some(why) = args.options().contradiction(args.what.paths.len()) {
+        complain(why);
+        return ExitCode::from(EXIT_USAGE);
+    }
     if !args.standalone {
         complain("scanning through the running agent comes later; add --standalone");
         return ExitCode::from(EXIT_INCOMPLETE);
@@ -147,6 +154,20 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         Err(lines) => {
             lines.iter().for_each(|line| complain(line));
             ExitCode::from(EXIT_INCOMPLETE)
+        }
+    }
+}
+
+impl Args {
+    fn options(&self) -> ScanOptions {
+        ScanOptions {
+            all_local: self.all_local,
+            cpu_percent: self.cpu,
+            quick: self.quick,
+            full: self.full,
+            processes: self.processes,
+            fresh: self.fresh,
+            dry_run: false,
         }
     }
 }
@@ -164,13 +185,7 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     let paths = args.what.paths.iter().map(|path| bytes(path)).collect();
     let mut order = Order::new(paths, patterns, args.limits.limits());
     order.threads = args.threads.map_or_else(all_cores, usize::from);
-    order.options = ScanOptions { all_local: args.all_local, cpu_percent: args.cpu };
-    if args.full {
-        order.paths = vec![PathBytes::from(&b"/"[..])];
-        order.options.all_local = true;
-    }
-    order.quick = args.quick;
-    order.memory = args.processes.then_some(memory::MOST_BYTES);
+    order.options = args.options();
     if let Some(cache) = &args.cache {
         check_place(cache).map_err(|error| vec![format!("cannot keep `{}`: {error}", bytes(cache))])?;
         order.seen = Some(cache.clone());

@@ -114,7 +114,8 @@ mod tests {
         let order = order(*args);
         assert_eq!(order.paths_b64, ["L/8="]);
         assert_eq!((order.limits.depth, order.limits.file_ms), (0, 120_000));
-        assert_eq!(order.options, ScanOptions { all_local: true, cpu_percent: Some(10) });
+        let expected = ScanOptions { all_local: true, cpu_percent: Some(10), ..ScanOptions::default() };
+        assert_eq!(order.options, expected);
         assert_eq!(order.limits.ratio, ScanLimits::default().ratio);
         assert_eq!((order.expires_in_s, order.deadline_s), (Some(3600), Some(86_400)));
         assert_eq!(order.to.targets, ["web"]);
