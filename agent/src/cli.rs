@@ -13,7 +13,7 @@ use tm_protocol::{text::escape_for_display, token::EnrollmentToken};
 
 use crate::{
     daemon::{self, Status},
-    doctor, enroll,
+    doctor, enroll, local,
     paths::Paths,
     scan::standalone,
     vault,
@@ -30,7 +30,7 @@ struct Cli {
 #[derive(Debug, Args)]
 struct DataFolder {
     /// The agent's state folder
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-agent")]
+    #[arg(long, value_name = "DIR", default_value = local::DATA)]
     data: PathBuf,
 }
 
@@ -55,6 +55,9 @@ enum Command {
     Run {
         #[command(flatten)]
         folder: DataFolder,
+        /// Where users' scans come in [default: /run/tm-agent/scan.sock, or DIR/scan.sock with another --data DIR]
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
     },
     /// Show whether the agent runs, and its link to the manager
     Status {
@@ -65,12 +68,18 @@ enum Command {
         output: StatusFormat,
     },
     /// Look at files with patterns
-    #[command(
-        long_about = "Look at files with patterns, without the running agent and without a manager.\n\n\
+    #[command(long_about = "Look at files with patterns.\n\n\
+            Every user may scan what he can read. The running agent looks at the files, with all patterns that it \
+            holds; this command opens them, so the agent sees nothing that the user could not. What is found is \
+            told here and nowhere else, and nothing is done about it.\n\n\
+            With --standalone neither the running agent nor a manager is needed: the patterns are named by \
+            --pattern.\n\n\
             Exit code: 0 clean, 1 something was detected, 2 not everything could be looked at (or an error), \
             64 the call makes no sense.\n\n\
-            Example:\n  tm-agent scan --standalone --pattern rules.yar /srv"
-    )]
+            Examples:\n  \
+            tm-agent scan ~/Downloads                           by the running agent\n  \
+            tm-agent scan -o json /srv > found.json             the same, for programs\n  \
+            tm-agent scan --standalone --pattern rules.yar /srv without it")]
     Scan(Box<standalone::Args>),
     /// Try patterns without using them
     #[command(subcommand)]
@@ -126,13 +135,17 @@ pub(crate) fn run() -> ExitCode {
         }
     };
     match cli.command {
-        Command::Scan(args) => standalone::run(&args),
+        Command::Scan(args) if args.standalone => standalone::run(&args),
+        Command::Scan(args) => local::scan(&args),
         Command::Pattern(PatternCommand::Check(args)) => standalone::check(&args),
         Command::Vault(command) => vault::standalone::run(&command),
         Command::Enroll { folder, token, token_file } => {
             finish(enroll_here(folder.data, token, token_file.as_deref()))
         }
-        Command::Run { folder } => finish(run_daemon(folder.data)),
+        Command::Run { folder, socket } => {
+            let socket = socket.unwrap_or_else(|| local::socket_of(&folder.data));
+            finish(run_daemon(folder.data, &socket))
+        }
         Command::Status { folder, output } => match status(&Paths::new(folder.data), output) {
             Ok(code) => code,
             Err(error) => finish(Err(error)),
@@ -188,12 +201,12 @@ fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> any
     Ok(())
 }
 
-fn run_daemon(data: PathBuf) -> anyhow::Result<()> {
+fn run_daemon(data: PathBuf, socket: &Path) -> anyhow::Result<()> {
     let filter = std::env::var("TM_LOG").unwrap_or_else(|_| "info".to_owned());
     let filter = tracing_subscriber::EnvFilter::try_new(filter).context("TM_LOG is not a log filter")?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
     let runtime = runtime()?;
-    let done = runtime.block_on(daemon::run(Paths::new(data)));
+    let done = runtime.block_on(daemon::run(Paths::new(data), socket));
     // A scan that is being called off may take a moment; the agent's end does not wait for it.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     Ok(done?)

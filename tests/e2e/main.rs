@@ -9,6 +9,7 @@ mod enroll;
 mod hostile;
 mod known;
 mod link;
+mod local;
 mod memory;
 mod names;
 mod quick;

@@ -81,6 +81,34 @@ pub(crate) fn kept(paths: &Paths, sha256: Sha256) -> Option<Pattern> {
     read(paths, &PatternRef { sha256, size, name: sha256.to_string() })
 }
 
+/// All patterns that are kept whole, those used last first, and how many there are besides because `most` bytes
+/// are not enough for them. It leaves no mark of their use. Blocks.
+pub(crate) fn all_kept(paths: &Paths, most: usize) -> (Vec<Pattern>, u32) {
+    let entries = fs::read_dir(paths.patterns()).into_iter().flatten().flatten();
+    let mut names: Vec<(SystemTime, Sha256)> = entries
+        .filter_map(|entry| {
+            let sha256 = entry.file_name().to_str()?.parse().ok()?;
+            Some((entry.metadata().ok()?.modified().ok()?, sha256))
+        })
+        .collect();
+    names.sort_unstable_by_key(|(used, sha256)| (std::cmp::Reverse(*used), *sha256));
+    let (mut patterns, mut left, mut left_out) = (Vec::new(), most, 0_u32);
+    for (_, sha256) in names {
+        let Ok(size) = fs::metadata(place(paths, sha256)).map(|file| file.len()) else { continue };
+        if usize::try_from(size).is_ok_and(|size| size > left) {
+            left_out = left_out.saturating_add(1);
+            continue;
+        }
+        let wanted = PatternRef { sha256, size, name: sha256.to_string() };
+        let whole = fs::read(place(paths, sha256)).ok().and_then(|b| Pattern::verified(&wanted, b).ok());
+        if let Some(pattern) = whole {
+            left = left.saturating_sub(pattern.text().len());
+            patterns.push(pattern);
+        }
+    }
+    (patterns, left_out)
+}
+
 fn place(paths: &Paths, sha256: Sha256) -> PathBuf {
     paths.patterns().join(sha256.to_string())
 }
@@ -209,6 +237,29 @@ mod tests {
         keep(&paths, &pattern(99), 10).unwrap();
         assert!(kept(&paths, pattern(99).sha256()).is_some());
         assert_eq!(fs::read_dir(paths.patterns()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn all_that_are_whole_and_fit_are_listed_newest_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::new(folder.path().to_path_buf());
+        assert_eq!(all_kept(&paths, 1000), (vec![], 0), "there is no folder");
+        for n in 1..=4 {
+            keep(&paths, &pattern(n), 1000).unwrap();
+            let at = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(n).unwrap());
+            File::open(place(&paths, pattern(n).sha256())).unwrap().set_modified(at).unwrap();
+        }
+        fs::write(paths.patterns().join("left-over.new"), "x").unwrap();
+        fs::write(place(&paths, pattern(3).sha256()), "other").unwrap();
+        let listed = |most| {
+            let (patterns, left_out) = all_kept(&paths, most);
+            (patterns.iter().map(Pattern::sha256).collect::<Vec<_>>(), left_out)
+        };
+        let expected = |numbers: &[usize]| numbers.iter().map(|n| pattern(*n).sha256()).collect::<Vec<_>>();
+        // The changed one is the newest.
+        assert_eq!(listed(1000), (expected(&[4, 2, 1]), 0));
+        assert_eq!(listed(200), (expected(&[4, 2]), 1));
+        assert_eq!(listed(99), (expected(&[]), 3));
     }
 
     #[test]

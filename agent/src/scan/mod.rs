@@ -7,6 +7,7 @@
 
 mod batch;
 mod crews;
+pub(crate) mod hire;
 mod ledger;
 mod links;
 mod memory;
@@ -21,7 +22,7 @@ use std::{
     num::NonZeroUsize,
     path::PathBuf,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::Scope,
@@ -47,6 +48,7 @@ use crate::{
     scan::{
         batch::Batch,
         crews::{Crews, FinishOnDrop, With},
+        hire::{Hire, OwnWorker},
         ledger::Ledger,
         memory::{Met, Room},
         pace::Pace,
@@ -87,6 +89,8 @@ pub(crate) struct Order {
     pub(crate) nice: i32,
     /// Told once what is in force around the worker.
     pub(crate) sandboxed: fn(&[PartState]),
+    /// Who looks at the files.
+    pub(crate) hire: Arc<dyn Hire>,
 }
 
 impl Order {
@@ -101,6 +105,7 @@ impl Order {
             threads: all_cores(),
             nice: 10,
             sandboxed: warn_once,
+            hire: Arc::new(OwnWorker),
         }
     }
 }
@@ -225,7 +230,7 @@ fn problem_line(problem: &Problem) -> String {
 }
 
 /// The error and its causes, joined by colons.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
@@ -258,7 +263,7 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
     // Patterns that have found files clean are known to load; others are tried before anything else is done.
     let may_wait = seen.as_ref().is_some_and(Seen::may_know);
     let seen = seen.map(Mutex::new);
-    let (crews, room) = (Crews::new(&order.patterns, rest, options), Room::default());
+    let (crews, room) = (Crews::new(&order.patterns, rest, options, &*order.hire), Room::default());
     // Handed to a worker and not come back.
     let out = AtomicUsize::new(0);
     let ledger = Ledger::new(order.limits, observe);

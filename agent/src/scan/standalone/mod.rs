@@ -1,5 +1,5 @@
-//! `tm-agent scan --standalone` and `tm-agent pattern check`: the scan for a person at the endpoint, without
-//! daemon or manager.
+//! `tm-agent scan` and `tm-agent pattern check`: the scan for a person at the endpoint. With `--standalone` neither
+//! daemon nor manager is needed; without it, the files are looked at by somebody else ([`scan_with`]).
 //!
 //! **Invariant:** results go to standard output and nothing else does; the exit code says the verdict
 //! (0 clean, 1 detected, 2 incomplete or error, 64 usage).
@@ -9,15 +9,17 @@ mod report;
 mod units;
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, IsTerminal as _, Read as _, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::atomic::AtomicBool,
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use tm_patterns::{InvalidPattern, Pattern};
 use tm_protocol::{
+    ids::Sha256,
     report::{PathBytes, Verdict},
     task::{ScanLimits, ScanOptions},
 };
@@ -31,19 +33,29 @@ use self::{
     report::{Format, Report},
     units::{parse_duration_ms, parse_percent, parse_size},
 };
-use crate::scan::{Error, Order, all_cores, chain, missing_line, problem_line, run_with, seen::check_place};
+use crate::scan::{
+    Error, Order, all_cores, chain,
+    hire::{Hire, OwnWorker},
+    missing_line, problem_line, run_with,
+    seen::check_place,
+};
 
 /// Incomplete, or an error stood in the way.
-const EXIT_INCOMPLETE: u8 = 2;
-/// The call makes no sense.
+pub(crate) const EXIT_INCOMPLETE: u8 = 2;
+/// A call that makes no sense (sysexits.h, `EX_USAGE`).
 pub(crate) const EXIT_USAGE: u8 = 64;
+/// Where the agent with the usual data folder is spoken to.
+pub(crate) const SOCKET: &str = "/run/tm-agent/scan.sock";
 
 /// What `tm-agent scan` is asked.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Scan in this process, without the running agent and without a manager
     #[arg(long)]
-    standalone: bool,
+    pub(crate) standalone: bool,
+    /// Where the running agent is spoken to
+    #[arg(long, value_name = "PATH", default_value = SOCKET, conflicts_with = "standalone")]
+    pub(crate) socket: PathBuf,
     #[command(flatten)]
     what: PatternsAndPaths,
     /// How to print results
@@ -67,10 +79,10 @@ pub(crate) struct Args {
     /// Look at every local file system; no PATH stands beside it
     #[arg(long, conflicts_with = "quick")]
     full: bool,
-    /// Look at the memory of running processes, too
+    /// With --standalone: look at the memory of running processes, too
     #[arg(long)]
     processes: bool,
-    /// Remember in FILE which files are clean, and do not read them again until they or the patterns change
+    /// With --standalone: remember in FILE which files are clean, and do not read them again until they or the patterns change
     #[arg(long, value_name = "FILE")]
     cache: Option<PathBuf>,
     /// Read everything again, also what the cache knows clean
@@ -137,17 +149,64 @@ pub(crate) struct CheckArgs {
     force: bool,
 }
 
-/// Scans, prints, and says the verdict by the exit code.
+impl Args {
+    /// How far to go with one file.
+    pub(crate) fn limits(&self) -> ScanLimits {
+        self.limits.limits()
+    }
+
+    /// Scanning threads, at least 1.
+    pub(crate) fn threads(&self) -> usize {
+        match self.cpu {
+            Some(_) => 1,
+            None => self.threads.map_or_else(all_cores, usize::from),
+        }
+    }
+
+    /// Whether the running agent can do it.
+    ///
+    /// # Errors
+    /// What speaks against it.
+    pub(crate) fn fit_for_agent(&self) -> Result<(), &'static str> {
+        if !self.what.patterns.is_empty() {
+            return Err(
+                "the running agent looks with the patterns that it holds; --pattern needs --standalone",
+            );
+        }
+        if self.processes {
+            return Err("the running agent looks at files only; --processes needs --standalone");
+        }
+        if self.cache.is_some() {
+            return Err("with the running agent nothing is remembered; --cache needs --standalone");
+        }
+        self.options().contradiction(self.what.paths.len()).map_or(Ok(()), Err)
+    }
+}
+
+/// Scans with the patterns that are named, prints, and says the verdict by the exit code.
 pub(crate) fn run(args: &Args) -> ExitCode {
     if let Some(why) = args.options().contradiction(args.what.paths.len()) {
         complain(why);
         return ExitCode::from(EXIT_USAGE);
     }
-    if !args.standalone {
-        complain("scanning through the running agent comes later; add --standalone");
-        return ExitCode::from(EXIT_INCOMPLETE);
+    if args.what.patterns.is_empty() {
+        complain("--standalone needs --pattern FILE");
+        return ExitCode::from(EXIT_USAGE);
     }
-    match scan(args) {
+    let patterns = args.what.patterns.iter().map(|file| read_pattern(file)).collect::<Result<Vec<_>, _>>();
+    exit_code(match patterns {
+        Ok(patterns) => {
+            let names =
+                patterns.iter().map(|pattern| (pattern.sha256(), pattern.name().to_owned())).collect();
+            scan_with(args, patterns, names, Arc::new(OwnWorker))
+        }
+        Err(error) => Err(vec![chain(&error)]),
+    })
+}
+
+/// The exit code for a verdict, or for an error, which is told line by line.
+pub(crate) fn exit_code(done: Result<Verdict, Vec<String>>) -> ExitCode {
+    match done {
         Ok(Verdict::Clean) => ExitCode::SUCCESS,
         Ok(Verdict::Detected) => ExitCode::from(1),
         Ok(Verdict::Incomplete) => ExitCode::from(EXIT_INCOMPLETE),
@@ -159,7 +218,8 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 impl Args {
-    fn options(&self) -> ScanOptions {
+    /// How to go about it.
+    pub(crate) fn options(&self) -> ScanOptions {
         ScanOptions {
             all_local: self.all_local,
             cpu_percent: self.cpu,
@@ -172,19 +232,20 @@ impl Args {
     }
 }
 
-/// The scan; on error, the lines to complain with.
-fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
-    let patterns = args
-        .what
-        .patterns
-        .iter()
-        .map(|file| read_pattern(file))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| vec![chain(&error)])?;
-    let names = patterns.iter().map(|pattern| (pattern.sha256(), pattern.name().to_owned())).collect();
+/// The scan, with whatever workers are hired; `names` are what people call the patterns.
+///
+/// # Errors
+/// The lines to complain with.
+pub(crate) fn scan_with(
+    args: &Args,
+    patterns: Vec<Pattern>,
+    names: BTreeMap<Sha256, String>,
+    hire: Arc<dyn Hire>,
+) -> Result<Verdict, Vec<String>> {
     let paths = args.what.paths.iter().map(|path| bytes(path)).collect();
-    let mut order = Order::new(paths, patterns, args.limits.limits());
-    order.threads = args.threads.map_or_else(all_cores, usize::from);
+    let mut order = Order::new(paths, patterns, args.limits());
+    order.threads = args.threads();
+    order.hire = hire;
     order.options = args.options();
     if let Some(cache) = &args.cache {
         check_place(cache).map_err(|error| vec![format!("cannot keep `{}`: {error}", bytes(cache))])?;
@@ -291,17 +352,19 @@ fn read_pattern(path: &Path) -> Result<Pattern, ReadError> {
     Pattern::new(bytes(path).to_string(), content).map_err(|source| ReadError::Invalid(bytes(path), source))
 }
 
-fn bytes(path: &Path) -> PathBytes {
+/// The path's exact bytes.
+pub(crate) fn bytes(path: &Path) -> PathBytes {
     use std::os::unix::ffi::OsStrExt as _;
     PathBytes::from(path.as_os_str().as_bytes())
 }
 
-fn complain(message: &str) {
+/// An error, to standard error.
+pub(crate) fn complain(message: &str) {
     complain_as("error", message);
 }
 
 /// One line to standard error, harmless whatever is in it.
-fn complain_as(level: &str, message: &str) {
+pub(crate) fn complain_as(level: &str, message: &str) {
     let message = tm_protocol::text::escape_for_display(message);
     // Nobody is left to tell if standard error is closed.
     let _ = writeln!(io::stderr(), "{level}: {message}");

@@ -11,7 +11,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind, value_parser};
 /// What to look for and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PatternsAndPaths {
-    /// Files with rules, at least one.
+    /// Files with rules; none where the agent's are used.
     pub(super) patterns: Vec<PathBuf>,
     /// Files and folders to scan, at least one.
     pub(super) paths: Vec<PathBuf>,
@@ -24,13 +24,12 @@ impl clap::Args for PatternsAndPaths {
                 Arg::new("pattern")
                     .long("pattern")
                     .value_name("FILE")
-                    .help("What to look for: YARA rules; may be given several times")
+                    .help("With --standalone: what to look for (YARA rules); may be given several times")
                     .long_help(
-                        "What to look for: YARA rules. May be given several times, and with several files. \
+                        "With --standalone: what to look for (YARA rules). May be given several times, and with several files. \
                          Put another option or -- between the last FILE and the first PATH if both could \
                          be meant.",
                     )
-                    .required(true)
                     .num_args(1..)
                     .action(ArgAction::Append)
                     .value_parser(value_parser!(PathBuf)),
@@ -78,6 +77,7 @@ impl clap::FromArgMatches for PatternsAndPaths {
 impl PatternsAndPaths {
     /// `groups` are the words after each `--pattern`, `paths` those that stand apart. `None` without a path.
     fn sort_out(mut groups: Vec<Vec<PathBuf>>, mut paths: Vec<PathBuf>) -> Option<Self> {
+        // Without a pattern all words are paths.
         if paths.is_empty() {
             let last = groups.last_mut()?;
             // At least the last word must be a path, however it is named.
@@ -116,7 +116,8 @@ mod tests {
             ("/x --pattern a b", Some((&["a", "b"], &["/x"]))),
             ("--pattern a", None),
             ("--pattern a -o json", None),
-            ("/x", None),
+            ("/x", Some((&[], &["/x"]))),
+            ("/x /y.yar", Some((&[], &["/x", "/y.yar"]))),
             ("", None),
         ] {
             let command = PatternsAndPaths::augment_args(Command::new("scan"))
