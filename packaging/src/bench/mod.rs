@@ -3,6 +3,9 @@
 //! **Invariant:** figures are of CPU seconds (user and system), and come with the facts of the machine and the
 //! build they were measured with.
 
+mod again;
+mod measure;
+mod processes;
 mod push;
 mod rules;
 mod scan;
@@ -12,6 +15,8 @@ use std::{fs, path::Path, path::PathBuf, thread};
 use anyhow::{Context as _, ensure};
 
 pub(crate) use self::{
+    again::{Again, again},
+    processes::{Hold, Processes, hold, processes},
     push::{Push, push},
     scan::{Scan, scan},
 };
