@@ -14,7 +14,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
 use super::{
-    Format, build, build_name, machine,
+    Build, Format, machine,
     measure::Run,
     rules::{self, Rules},
     scan::{agent, count},
@@ -37,9 +37,8 @@ pub(crate) struct Again {
     /// Rounds; the figures are of the one with the least CPU time.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// Measure the unoptimized build, which is there sooner and several times slower.
-    #[arg(long)]
-    dev: bool,
+    #[command(flatten)]
+    build: Build,
     /// How the figures are printed.
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -47,7 +46,7 @@ pub(crate) struct Again {
 
 /// Scans, scans again, and adds a pattern.
 pub(crate) fn again(what: &Again) -> anyhow::Result<()> {
-    let bins = build(&["tm-agent"], what.dev)?;
+    let bins = what.build.folder(&["tm-agent"])?;
     let folder =
         tempfile::Builder::new().prefix("tm-bench-").tempdir().context("cannot make a throwaway folder")?;
     let (old, new) = (folder.path().join("old.yar"), folder.path().join("new.yar"));
@@ -97,7 +96,7 @@ fn ratio(rows: &[(&str, Run)], run: &Run) -> f64 {
 
 fn table(what: &Again, files: u64, bytes: u64, rows: &[(&str, Run)]) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{}, {} build of the agent", machine(), build_name(what.dev))?;
+    writeln!(out, "{}, {} of the agent", machine(), what.build.name())?;
     writeln!(
         out,
         "{files} files, {} MB, {}, {} threads; the new pattern has {NEW} rules\n",
@@ -133,7 +132,7 @@ fn json(what: &Again, files: u64, bytes: u64, rows: &[(&str, Run)]) -> anyhow::R
             serde_json::json!({
                 "scan": name,
                 "machine": machine(),
-                "build": build_name(what.dev),
+                "build": what.build.name(),
                 "rules": what.rules.to_string(),
                 "threads": what.threads,
                 "files": files,

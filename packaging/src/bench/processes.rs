@@ -17,7 +17,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
 use super::{
-    Format, build, build_name, machine,
+    Build, Format, machine,
     measure::{Run, measure},
     rules::{Numbers, Rules},
     status_kib,
@@ -44,9 +44,8 @@ pub(crate) struct Processes {
     /// Rounds; the figures are of the one with the least CPU time.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// Measure the unoptimized build, which is there sooner and several times slower.
-    #[arg(long)]
-    dev: bool,
+    #[command(flatten)]
+    build: Build,
     /// How the figures are printed.
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -159,7 +158,7 @@ pub(crate) fn processes(what: &Processes) -> anyhow::Result<()> {
 fn outside(what: &Processes) -> anyhow::Result<()> {
     ensure!(programs::is_installed("unshare"), "`unshare` (package util-linux) is not installed");
     ensure!(!what.against_yara || programs::is_installed("yara"), "`yara` is not installed");
-    let bins = build(&["tm-agent"], what.dev)?;
+    let bins = what.build.folder(&["tm-agent"])?;
     let here = std::env::current_exe().context("cannot tell where this program is")?;
     let status = Command::new("unshare")
         .args(["--pid", "--fork", "--mount-proc", "--kill-child"])
@@ -242,7 +241,7 @@ fn ask(pid: u32, ended: &AtomicBool) -> Noticed {
 
 fn table(what: &Processes, all: &[Figures]) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{}, {} build of the agent", machine(), build_name(what.dev))?;
+    writeln!(out, "{}, {} of the agent", machine(), what.build.name())?;
     writeln!(out, "a process of {} MiB, {}, 1 thread\n", what.mib, what.rules)?;
     writeln!(
         out,
@@ -270,7 +269,7 @@ fn json(what: &Processes, all: &[Figures]) -> anyhow::Result<()> {
             serde_json::json!({
                 "program": program,
                 "machine": machine(),
-                "build": build_name(what.dev),
+                "build": what.build.name(),
                 "rules": what.rules.to_string(),
                 "process_mib": what.mib,
                 "cpu_s": run.cpu_s,

@@ -16,7 +16,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
 use super::{
-    Format, build, build_folder, build_name, machine,
+    Build, Format, machine,
     measure::{Finding, Run, measure},
     rules::{Numbers, Rules},
 };
@@ -50,9 +50,8 @@ pub(crate) struct Scan {
     /// Look into containers, too (YARA programs do not).
     #[arg(long)]
     archives: bool,
-    /// Measure the unoptimized build, which is there sooner and several times slower.
-    #[arg(long)]
-    dev: bool,
+    #[command(flatten)]
+    build: Build,
     /// How the figures are printed: a table, or a list with an object for each program.
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -134,8 +133,7 @@ pub(crate) fn scan(what: &Scan) -> anyhow::Result<()> {
     for peer in &what.against {
         ensure!(programs::is_installed(peer.program()), "`{}` is not installed", peer.program());
     }
-    let bins = build(&["tm-agent"], what.dev)?;
-    ensure!(bins.ends_with(build_folder(what.dev)), "the build went elsewhere");
+    let bins = what.build.folder(&["tm-agent"])?;
     let folder =
         tempfile::Builder::new().prefix("tm-bench-").tempdir().context("cannot make a throwaway folder")?;
     let rules = folder.path().join("rules.yar");
@@ -278,7 +276,7 @@ fn differences(all: &[Figures], other: &Figures) -> (usize, usize) {
 
 fn table(what: &Scan, files: u64, bytes: u64, all: &[Figures]) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{}, {} build of the agent", machine(), build_name(what.dev))?;
+    writeln!(out, "{}, {} of the agent", machine(), what.build.name())?;
     writeln!(
         out,
         "{files} files, {} MB, {}, {} threads; rates are without loading\n",
@@ -340,7 +338,7 @@ fn json(what: &Scan, files: u64, bytes: u64, all: &[Figures]) -> anyhow::Result<
             serde_json::json!({
                 "program": figures.program,
                 "machine": machine(),
-                "build": build_name(what.dev),
+                "build": what.build.name(),
                 "rules": what.rules.to_string(),
                 "threads": what.threads,
                 "files": files,
