@@ -11,6 +11,7 @@ mod link;
 mod local;
 mod memory;
 mod names;
+mod progress;
 mod quick;
 mod roles;
 mod sandbox;
