@@ -77,9 +77,9 @@ enum Command {
             Exit code: 0 clean, 1 something was detected, 2 not everything could be looked at (or an error), \
             64 the call makes no sense.\n\n\
             Examples:\n  \
-            tm-agent scan ~/Downloads                           by the running agent\n  \
-            tm-agent scan -o json /srv > found.json             the same, for programs\n  \
-            tm-agent scan --standalone --pattern rules.yar /srv without it")]
+            tm-agent scan ~/Downloads\n  \
+            tm-agent scan -o json /srv > found.json\n  \
+            tm-agent scan --standalone --pattern rules.yar /srv")]
     Scan(Box<standalone::Args>),
     /// Try patterns without using them
     #[command(subcommand)]

@@ -270,8 +270,10 @@ pub(crate) fn scan_with(
     if style == Some(Style::Terminal) {
         order.tick = LIVELY;
     }
-    // What is found on the way is not known before, and what may take little CPU is not spent on a count.
-    let is_countable = !args.quick && !args.processes && args.cpu.is_none();
+    // What is found on the way is not known before; what may take little CPU is not spent on a count, and neither
+    // where perhaps nobody looks.
+    let is_watched = style == Some(Style::Terminal) || args.progress == When::Always;
+    let is_countable = is_watched && !args.quick && !args.processes && args.cpu.is_none();
     let progress = style.map(|style| {
         let walked = || Ahead::start(order.paths.clone(), order.walk(), order.limits.file_bytes);
         Progress::new(io::stderr(), style, terminal_width, is_countable.then(walked))
