@@ -16,7 +16,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -32,6 +32,9 @@ use super::{
 
 /// How soon it is tried again to accept when the system has no means.
 const RETRY: Duration = Duration::from_millis(100);
+
+/// How long a session counts at least: to start a process for each costs the agent more than it costs a client to ask.
+const LEAST: Duration = Duration::from_millis(250);
 
 /// How much clients may take.
 #[derive(Debug, Clone, Copy)]
@@ -158,11 +161,13 @@ impl Shared {
         };
         // The process ends with the thread that started it, so that thread waits for it.
         let session = move || {
+            let came = Instant::now();
             let started = (seat.shared.start)().stdin(socket).spawn();
             let ended = started.and_then(|mut child| child.wait());
             if let Err(error) = ended {
                 tracing::debug!(%error, "No process for a user's scan.");
             }
+            thread::sleep(LEAST.saturating_sub(came.elapsed()));
             drop(seat);
         };
         if let Err(error) = thread::Builder::new().name("local-scan".to_owned()).spawn(session) {

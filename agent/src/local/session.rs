@@ -64,6 +64,7 @@ pub(crate) struct Held {
 /// Carries out the session of the client on standard input, and ends with the agent that started it. `held` reads
 /// the patterns that the agent holds.
 pub(crate) fn serve(held: impl FnOnce() -> Held) {
+    // Its own thread of the agent waits for it, so this comes when the agent ends, and not before.
     let _ = set_parent_process_death_signal(Some(Signal::KILL));
     let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned() else { return };
     Session::new(&socket, Limits::default()).run(held);
@@ -243,8 +244,10 @@ impl<'a> Session<'a> {
             *self.lock() -= count;
             self.fewer.notify_all();
             if told.is_err() {
+                // It is gone, or takes nothing: it is not waited for once more.
                 pool.cancel();
-                break;
+                let _ = shutdown(self.socket, Shutdown::Both);
+                return;
             }
         }
         if self.is_cut.load(Ordering::Acquire) {

@@ -83,7 +83,7 @@ pub(crate) struct Args {
         require_equals = true
     )]
     progress: When,
-    /// Scanning threads [default: one per core]
+    /// Scanning threads, at most 4 by the running agent [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
     /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)

@@ -209,8 +209,7 @@ fn left(coverage: &Coverage, total: Total, elapsed: Duration) -> Option<String> 
     }
     let seconds = elapsed.as_secs_f64() * (all - done) / done;
     Some(match seconds {
-        s if s < 5.0 => "a few seconds left".to_owned(),
-        s if s < 57.5 => format!("about {:.0} s left", (s / 5.0).ceil() * 5.0),
+        s if s < 55.0 => format!("about {:.0} s left", (s / 5.0).ceil().max(1.0) * 5.0),
         s if s < 90.0 * 60.0 => format!("about {:.0} min left", (s / 60.0).ceil()),
         s => format!("about {:.0} h left", (s / 3600.0).ceil()),
     })
@@ -288,7 +287,8 @@ mod tests {
             (coverage(500, 500 << 20), Some(total), S(60), Some("about 1 min left")),
             (coverage(250, 250 << 20), Some(total), S(60), Some("about 3 min left")),
             (coverage(900, 900 << 20), Some(total), S(60), Some("about 10 s left")),
-            (coverage(990, 990 << 20), Some(total), S(60), Some("a few seconds left")),
+            (coverage(990, 990 << 20), Some(total), S(60), Some("about 5 s left")),
+            (coverage(1000, 1000 << 20), Some(total), S(60), Some("about 5 s left")),
             (coverage(100, 100 << 20), Some(total), S(7200), Some("about 18 h left")),
             (coverage(500, 500 << 20), None, S(60), None),
             (coverage(500, 500 << 20), Some(total), S(2), None),
