@@ -12,6 +12,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum, error::Erro
 use tm_protocol::{text::escape_for_display, token::EnrollmentToken};
 
 use crate::{
+    connection::fetch,
     daemon::{self, Status},
     doctor, enroll, local,
     paths::Paths,
@@ -77,9 +78,9 @@ enum Command {
             Exit code: 0 clean, 1 something was detected, 2 not everything could be looked at (or an error), \
             64 the call makes no sense.\n\n\
             Examples:\n  \
-            tm-agent scan ~/Downloads                           by the running agent\n  \
-            tm-agent scan -o json /srv > found.json             the same, for programs\n  \
-            tm-agent scan --standalone --pattern rules.yar /srv without it")]
+            tm-agent scan ~/Downloads\n  \
+            tm-agent scan -o json /srv > found.json\n  \
+            tm-agent scan --standalone --pattern rules.yar /srv")]
     Scan(Box<standalone::Args>),
     /// Try patterns without using them
     #[command(subcommand)]
@@ -100,6 +101,11 @@ enum Command {
     },
     #[command(hide = true)]
     ScanWorker,
+    #[command(hide = true)]
+    ScanSession {
+        #[command(flatten)]
+        folder: DataFolder,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell to complete in
@@ -152,6 +158,7 @@ pub(crate) fn run() -> ExitCode {
         },
         Command::Doctor { output } => doctor::run(output),
         Command::ScanWorker => tm_scanner::worker::main(),
+        Command::ScanSession { folder } => finish(serve_user(folder.data)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tm-agent", &mut io::stdout());
             ExitCode::SUCCESS
@@ -201,10 +208,26 @@ fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> any
     Ok(())
 }
 
-fn run_daemon(data: PathBuf, socket: &Path) -> anyhow::Result<()> {
+/// The scan of one user, in a process that the running agent starts.
+fn serve_user(data: PathBuf) -> anyhow::Result<()> {
+    log()?;
+    let paths = Paths::new(data);
+    local::serve(|| {
+        let (patterns, left_out) = fetch::all_kept(&paths, local::MOST_PATTERN_BYTES);
+        local::Held { patterns, left_out }
+    });
+    Ok(())
+}
+
+fn log() -> anyhow::Result<()> {
     let filter = std::env::var("TM_LOG").unwrap_or_else(|_| "info".to_owned());
     let filter = tracing_subscriber::EnvFilter::try_new(filter).context("TM_LOG is not a log filter")?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    Ok(())
+}
+
+fn run_daemon(data: PathBuf, socket: &Path) -> anyhow::Result<()> {
+    log()?;
     let runtime = runtime()?;
     let done = runtime.block_on(daemon::run(Paths::new(data), socket));
     // A scan that is being called off may take a moment; the agent's end does not wait for it.

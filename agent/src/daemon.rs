@@ -8,6 +8,7 @@ use std::{
     io::{Read as _, Seek as _, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -36,7 +37,7 @@ use uuid::Uuid;
 
 use crate::{
     config::Config,
-    connection::{self, ConnectError, Link, backoff, fetch},
+    connection::{self, ConnectError, Link, backoff},
     enroll::Enrolled,
     local,
     paths::{Paths, replace},
@@ -171,12 +172,16 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
 
 /// Scans for this endpoint's users, until it is dropped. An agent that cannot does everything else.
 fn serve_users(paths: &Paths, socket: &Path) -> Option<local::Server> {
-    let paths = paths.clone();
-    let source = move || {
-        let (patterns, left_out) = fetch::all_kept(&paths, local::MOST_PATTERN_BYTES);
-        local::Held { patterns, left_out }
+    let data = paths.root().to_owned();
+    let start = move || {
+        let mut command = Command::new("/proc/self/exe");
+        command.args(["scan-session", "--data"]).arg(&data).env_clear().stdout(Stdio::null());
+        if let Some(filter) = std::env::var_os("TM_LOG") {
+            command.env("TM_LOG", filter);
+        }
+        command
     };
-    let server = local::Server::start(socket, local::Limits::default(), Box::new(source));
+    let server = local::Server::start(socket, local::Limits::default(), Box::new(start));
     server
         .inspect_err(|error| {
             let error = escape_for_display(&connection::chain(error));

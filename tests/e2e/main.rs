@@ -12,6 +12,7 @@ mod link;
 mod local;
 mod memory;
 mod names;
+mod progress;
 mod quick;
 mod roles;
 mod sandbox;

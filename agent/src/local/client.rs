@@ -25,6 +25,7 @@ use tm_patterns::Pattern;
 use tm_protocol::{
     ids::Sha256,
     report::{Failure, PathBytes, Verdict},
+    task::ScanLimits,
 };
 use tm_scanner::{
     item::{Item, ItemResult},
@@ -45,6 +46,10 @@ use crate::scan::{
 const QUEUE: usize = 64;
 /// Results that wait to be taken.
 const RESULTS: usize = 256;
+/// How long it is tried to be let in: an earlier scan of this user may be coming to its end.
+const BUSY: Duration = Duration::from_secs(3);
+/// How soon it is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
 /// How often the agent is told that this side lives, while there is nothing else to say.
 const ALIVE: Duration = Duration::from_secs(10);
 /// How long the agent may take to get ready: it may have many patterns to load, and some that do not.
@@ -132,11 +137,20 @@ struct Talk {
 }
 
 impl Agent {
-    fn connect(
-        path: &Path,
-        limits: tm_protocol::task::ScanLimits,
-        threads: usize,
-    ) -> Result<Self, ConnectError> {
+    /// Connects, and waits a while where the agent is busy.
+    fn connect(path: &Path, limits: ScanLimits, threads: usize) -> Result<Self, ConnectError> {
+        let started = Instant::now();
+        loop {
+            match Self::try_connect(path, limits, threads) {
+                Err(ConnectError::Refused(why)) if why.code == "busy" && started.elapsed() < BUSY => {
+                    thread::sleep(AGAIN);
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn try_connect(path: &Path, limits: ScanLimits, threads: usize) -> Result<Self, ConnectError> {
         let shown = || standalone::bytes(path);
         let socket = reach(path).map_err(|error| {
             let is = |kinds: &[io::ErrorKind]| kinds.contains(&error.kind());

@@ -1,8 +1,9 @@
 //! Scans for the people at the endpoint, by the running agent.
 //!
 //! Every user may run `tm-agent scan PATH`. That client has nobody's rights but the user's: it walks and opens the
-//! files itself, and hands descriptors over a socket. The agent has a scan worker of its own look at what is behind
-//! them, with the patterns that it holds, and answers to that client alone. Nothing is kept or told to a manager.
+//! files itself, and hands descriptors over a socket, to a process that the agent starts for it. That has a scan worker of
+//! its own look at what is behind them, with the patterns that the agent holds, and answers to that client alone.
+//! Nothing is kept or told to a manager.
 //!
 //! The socket is `/run/tm-agent/scan.sock` for the agent that uses the usual data folder. That folder itself is closed to
 //! everybody but root, so the socket cannot lie in it; `/run` is empty after a start of the system and only root makes
@@ -26,7 +27,8 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use self::{
     client::scan,
-    serve::{Held, Limits, Server},
+    serve::{Limits, Server},
+    session::{Held, serve},
 };
 
 use crate::scan::standalone::SOCKET;

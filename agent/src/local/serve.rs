@@ -1,34 +1,40 @@
 //! The agent's side of the socket: who is let in.
 //!
+//! Each session is a process of its own. A descriptor may lie on a file system that a user has made and that never
+//! answers; whoever holds it may then hang where nothing can end it, even while it closes it.
+//!
+//! **Invariant:** the agent itself never holds a user's descriptor.
 //! **Invariant:** the thread that accepts never waits for a client.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     os::fd::OwnedFd,
     path::Path,
+    process::Command,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
     io::Errno,
     net::{SendFlags, Shutdown, SocketFlags, accept_with, shutdown, sockopt::socket_peercred},
 };
-use tm_patterns::Pattern;
-use tm_protocol::{ids::Sha256, report::Failure};
+use tm_protocol::report::Failure;
 
 use super::{
-    session::Session,
     socket::{ListenError, Listening},
     wire::{self, Answer},
 };
 
 /// How soon it is tried again to accept when the system has no means.
 const RETRY: Duration = Duration::from_millis(100);
+
+/// How long a session counts at least: to start a process for each costs the agent more than it costs a client to ask.
+const LEAST: Duration = Duration::from_millis(250);
 
 /// How much clients may take.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +54,6 @@ pub(crate) struct Limits {
 }
 
 impl Default for Limits {
-    /// At worst some 700 descriptors in all.
     fn default() -> Self {
         Self {
             per_user: 2,
@@ -61,17 +66,8 @@ impl Default for Limits {
     }
 }
 
-/// What files are looked at with.
-#[derive(Debug, Default)]
-pub(crate) struct Held {
-    /// The patterns.
-    pub(crate) patterns: Vec<Pattern>,
-    /// How many there are besides, which are not used.
-    pub(crate) left_out: u32,
-}
-
-/// Reads the patterns that the agent holds; may block.
-pub(crate) type Source = Box<dyn Fn() -> Held + Send + Sync>;
+/// How the process of one session is started: with the client's socket as its standard input.
+pub(crate) type Start = Box<dyn Fn() -> Command + Send + Sync>;
 
 /// Serves users until it is dropped.
 #[derive(Debug)]
@@ -82,11 +78,9 @@ pub(crate) struct Server {
 }
 
 /// What sessions share.
-pub(super) struct Shared {
-    pub(super) limits: Limits,
-    pub(super) source: Source,
-    /// Patterns that do not load: they are left out without a try.
-    pub(super) unusable: Mutex<BTreeSet<Sha256>>,
+struct Shared {
+    limits: Limits,
+    start: Start,
     seats: Mutex<Seats>,
     ending: AtomicBool,
 }
@@ -94,12 +88,12 @@ pub(super) struct Shared {
 #[derive(Debug, Default)]
 struct Seats {
     next: u64,
-    /// By number: whose it is, and the way to end it.
-    taken: BTreeMap<u64, (u32, Arc<OwnedFd>)>,
+    /// By number: whose it is.
+    taken: BTreeMap<u64, u32>,
 }
 
 /// The right to one session.
-pub(super) struct Seat {
+struct Seat {
     shared: Arc<Shared>,
     number: u64,
 }
@@ -109,10 +103,10 @@ impl Server {
     ///
     /// # Errors
     /// If the place is not safe, not free, or cannot be used.
-    pub(crate) fn start(path: &Path, limits: Limits, source: Source) -> Result<Self, ListenError> {
+    pub(crate) fn start(path: &Path, limits: Limits, start: Start) -> Result<Self, ListenError> {
         let listening = Arc::new(Listening::open(path)?);
-        let (seats, unusable) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { limits, source, unusable, seats, ending: AtomicBool::new(false) });
+        let shared =
+            Arc::new(Shared { limits, start, seats: Mutex::default(), ending: AtomicBool::new(false) });
         let (by, at) = (Arc::clone(&shared), Arc::clone(&listening));
         let accepting = thread::Builder::new()
             .name("local-accept".to_owned())
@@ -129,9 +123,6 @@ impl Drop for Server {
         let _ = shutdown(&self.listening.socket, Shutdown::Both);
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
-        }
-        for (_, socket) in self.shared.seats().taken.values() {
-            let _ = shutdown(socket, Shutdown::Both);
         }
     }
 }
@@ -160,8 +151,7 @@ impl Shared {
 
     fn meet(self: &Arc<Self>, socket: OwnedFd) {
         let Ok(peer) = socket_peercred(&socket) else { return };
-        let socket = Arc::new(socket);
-        let seat = match self.seat(peer.uid.as_raw(), &socket) {
+        let seat = match self.seat(peer.uid.as_raw()) {
             Ok(seat) => seat,
             Err(why) => {
                 // Who does not hear it sees the end.
@@ -169,11 +159,15 @@ impl Shared {
                 return;
             }
         };
-        let shared = Arc::clone(self);
+        // The process ends with the thread that started it, so that thread waits for it.
         let session = move || {
-            let seat = seat;
-            Session::new(&socket, &shared).run();
-            drop(socket);
+            let came = Instant::now();
+            let started = (seat.shared.start)().stdin(socket).spawn();
+            let ended = started.and_then(|mut child| child.wait());
+            if let Err(error) = ended {
+                tracing::debug!(%error, "No process for a user's scan.");
+            }
+            thread::sleep(LEAST.saturating_sub(came.elapsed()));
             drop(seat);
         };
         if let Err(error) = thread::Builder::new().name("local-scan".to_owned()).spawn(session) {
@@ -181,10 +175,10 @@ impl Shared {
         }
     }
 
-    fn seat(self: &Arc<Self>, uid: u32, socket: &Arc<OwnedFd>) -> Result<Seat, Failure> {
+    fn seat(self: &Arc<Self>, uid: u32) -> Result<Seat, Failure> {
         let mut seats = self.seats();
         let busy = |message: String| Err(Failure::new("busy", message));
-        let own = seats.taken.values().filter(|(by, _)| *by == uid).count();
+        let own = seats.taken.values().filter(|by| **by == uid).count();
         if own >= self.limits.per_user {
             return busy(format!(
                 "{own} scans of yours are running, which is the most that the agent does at a time"
@@ -195,7 +189,7 @@ impl Shared {
         }
         let number = seats.next;
         seats.next += 1;
-        seats.taken.insert(number, (uid, Arc::clone(socket)));
+        seats.taken.insert(number, uid);
         drop(seats);
         Ok(Seat { shared: Arc::clone(self), number })
     }

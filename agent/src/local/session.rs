@@ -1,10 +1,11 @@
-//! One client's scan, as the agent does it: a thread takes the client's files, another tells what came of them.
+//! One client's scan, as the agent does it, in a process of its own (`tm-agent scan-session`): a thread takes the
+//! client's files, another tells what came of them.
 //!
 //! **Invariant:** a descriptor that came is closed when its file was looked at, or the session ends.
 //! **Invariant:** the session ends when the client is gone, whatever is being looked at.
 
 use std::{
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     sync::{
         Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -19,6 +20,7 @@ use rustix::{
         SendFlags, Shutdown, shutdown,
         sockopt::{Timeout, set_socket_timeout},
     },
+    process::{Signal, set_parent_process_death_signal},
 };
 use tm_patterns::Pattern;
 use tm_protocol::{
@@ -33,7 +35,7 @@ use tm_scanner::{
 
 use super::{
     admit::Admit,
-    serve::Shared,
+    serve::Limits,
     wire::{self, Answer, Ask, Begin, FORM, ReceiveError, Received},
 };
 
@@ -50,10 +52,28 @@ const NOTICE: Duration = Duration::from_millis(200);
 /// The part of a pattern's digest that names it to people.
 const SHORT: usize = 12;
 
+/// What files are looked at with.
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    /// The patterns.
+    pub(crate) patterns: Vec<Pattern>,
+    /// How many there are besides, which are not used.
+    pub(crate) left_out: u32,
+}
+
+/// Carries out the session of the client on standard input, and ends with the agent that started it. `held` reads
+/// the patterns that the agent holds.
+pub(crate) fn serve(held: impl FnOnce() -> Held) {
+    // Its own thread of the agent waits for it, so this comes when the agent ends, and not before.
+    let _ = set_parent_process_death_signal(Some(Signal::KILL));
+    let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned() else { return };
+    Session::new(&socket, Limits::default()).run(held);
+}
+
 /// A session.
-pub(super) struct Session<'a> {
+struct Session<'a> {
     socket: &'a OwnedFd,
-    shared: &'a Shared,
+    limits: Limits,
     /// Held while one answer is sent, so that parts of two are not mixed.
     telling: Mutex<()>,
     /// It ends before its scan does: what the worker says no longer counts.
@@ -79,14 +99,14 @@ impl Cut {
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(socket: &'a OwnedFd, shared: &'a Shared) -> Self {
+    fn new(socket: &'a OwnedFd, limits: Limits) -> Self {
         let (telling, in_hand, fewer) = (Mutex::new(()), Mutex::new(0), Condvar::new());
-        Self { socket, shared, telling, is_cut: AtomicBool::new(false), in_hand, fewer }
+        Self { socket, limits, telling, is_cut: AtomicBool::new(false), in_hand, fewer }
     }
 
     /// To its end.
-    pub(super) fn run(&self) {
-        if let Err(Cut::Refused(failure)) = self.scan() {
+    fn run(&self, held: impl FnOnce() -> Held) {
+        if let Err(Cut::Refused(failure)) = self.scan(held) {
             // One that does not take it is not waited for.
             let _telling = self.telling.lock();
             let _ = wire::answer(self.socket, &Answer::Refused(failure), SendFlags::DONTWAIT);
@@ -94,9 +114,8 @@ impl<'a> Session<'a> {
         let _ = shutdown(self.socket, Shutdown::Both);
     }
 
-    fn scan(&self) -> Result<(), Cut> {
-        let limits = self.shared.limits;
-        self.wait_at_most(limits.hello)?;
+    fn scan(&self, held: impl FnOnce() -> Held) -> Result<(), Cut> {
+        self.wait_at_most(self.limits.hello)?;
         let begin = match self.receive()? {
             Received::Message((Ask::Begin(begin), files)) if files.is_empty() => begin,
             Received::Message(_) => return Err(Cut::refused("protocol", "the first message is another one")),
@@ -104,8 +123,8 @@ impl<'a> Session<'a> {
             Received::Closed => return Err(Cut::Gone),
         };
         check(&begin)?;
-        self.wait_at_most(limits.idle)?;
-        let (pool, results, patterns, left_out) = self.start(&begin)?;
+        self.wait_at_most(self.limits.idle)?;
+        let (pool, results, patterns, left_out) = self.start(&begin, held())?;
         for some in patterns.chunks(NAMES) {
             self.tell(&Answer::Patterns(some.iter().map(|p| (p.sha256(), short(p.sha256()))).collect()))?;
         }
@@ -124,16 +143,14 @@ impl<'a> Session<'a> {
     }
 
     /// A worker with all patterns that load.
-    fn start(&self, begin: &Begin) -> Result<(ScanPool, Receiver<ItemResult>, Vec<Pattern>, u32), Cut> {
-        let held = (self.shared.source)();
-        let mut left_out = held.left_out;
-        let mut patterns = held.patterns;
-        let unusable = || self.shared.unusable.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = patterns.len();
-        patterns.retain(|pattern| !unusable().contains(&pattern.sha256()));
-        left_out += narrow(count - patterns.len());
+    fn start(
+        &self,
+        begin: &Begin,
+        held: Held,
+    ) -> Result<(ScanPool, Receiver<ItemResult>, Vec<Pattern>, u32), Cut> {
+        let Held { mut patterns, mut left_out } = held;
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let most = usize::from(self.shared.limits.threads).min(cores);
+        let most = usize::from(self.limits.threads).min(cores);
         let threads = usize::from(begin.threads).clamp(1, most);
         for _ in 0..=MOST_UNUSABLE {
             if patterns.is_empty() {
@@ -151,7 +168,6 @@ impl<'a> Session<'a> {
                     let Some(at) = patterns.iter().position(|pattern| pattern.name() == name) else { break };
                     let pattern = patterns.swap_remove(at);
                     tracing::warn!(sha256 = %pattern.sha256(), "A pattern that is held does not load; users' scans go without it.");
-                    unusable().insert(pattern.sha256());
                     left_out += 1;
                 }
                 Err(error @ (StartError::Load(_) | StartError::Start(_))) => {
@@ -228,8 +244,10 @@ impl<'a> Session<'a> {
             *self.lock() -= count;
             self.fewer.notify_all();
             if told.is_err() {
+                // It is gone, or takes nothing: it is not waited for once more.
                 pool.cancel();
-                break;
+                let _ = shutdown(self.socket, Shutdown::Both);
+                return;
             }
         }
         if self.is_cut.load(Ordering::Acquire) {
@@ -248,10 +266,10 @@ impl<'a> Session<'a> {
     /// Waits until more files may come.
     fn wait_for_room(&self) -> Result<(), Cut> {
         let mut in_hand = self.lock();
-        while *in_hand >= self.shared.limits.in_hand {
+        while *in_hand >= self.limits.in_hand {
             let waited = self.fewer.wait_timeout(in_hand, NOTICE);
             (in_hand, _) = waited.unwrap_or_else(PoisonError::into_inner);
-            if *in_hand >= self.shared.limits.in_hand && is_hung_up(self.socket) {
+            if *in_hand >= self.limits.in_hand && is_hung_up(self.socket) {
                 return Err(Cut::Gone);
             }
         }
@@ -317,8 +335,4 @@ fn is_hung_up(socket: &OwnedFd) -> bool {
 fn short(sha256: Sha256) -> String {
     let name = sha256.to_string();
     name.get(..SHORT).unwrap_or(&name).to_owned()
-}
-
-fn narrow(count: usize) -> u32 {
-    u32::try_from(count).unwrap_or(u32::MAX)
 }

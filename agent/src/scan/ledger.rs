@@ -183,17 +183,24 @@ impl Books<'_> {
         self.coverage.skip(skipped);
     }
 
-    /// A second has passed.
+    /// A while has passed.
     pub(super) fn tick(&mut self) {
+        // Files are answered for roughly in order, so the oldest is looked at by now.
+        let oldest = self.in_hand.iter().min_by_key(|(id, _)| **id).and_then(|(_, held)| held.names.first());
+        if let Some(path) = oldest {
+            (self.observe)(Event::Now(path));
+        }
         (self.observe)(Event::Tick(&self.coverage));
     }
 }
 
 /// Whether the file on disk itself was looked at, whatever became of its members.
 fn was_read(findings: &Findings, limits: &ScanLimits) -> bool {
-    let lost = findings.skips.iter().any(|skip| {
-        skip.member.is_empty() && matches!(skip.reason, SkipReason::Unreadable | SkipReason::WorkerDied)
-    });
+    let is_lost = |reason| {
+        use SkipReason::{Pseudo, Remote, Special, Unreadable, WorkerDied};
+        matches!(reason, Unreadable | WorkerDied | Special | Pseudo | Remote)
+    };
+    let lost = findings.skips.iter().any(|skip| skip.member.is_empty() && is_lost(skip.reason));
     !lost && findings.size <= limits.file_bytes
 }
 
@@ -282,7 +289,7 @@ mod tests {
             let mut seen = 0;
             let mut observe = |event: Event<'_>| match event {
                 Event::Detection(..) => seen += 1,
-                Event::Skipped(_) | Event::Tick(_) => {}
+                Event::Skipped(_) | Event::Now(_) | Event::Tick(_) => {}
             };
             let ledger = Ledger::new(limits, &mut observe);
             let id = ledger.lock().hand_over(PathBytes::from(&b"/f"[..]), &facts).unwrap();
@@ -321,7 +328,7 @@ mod tests {
                 assert_eq!(object, facts.object());
                 seen.push(detection.path.0.clone());
             }
-            Event::Skipped(_) | Event::Tick(_) => {}
+            Event::Skipped(_) | Event::Now(_) | Event::Tick(_) => {}
         };
         let ledger = Ledger::new(ScanLimits::default(), &mut observe);
         let path = |name: &str| PathBytes::from(name.as_bytes());

@@ -58,7 +58,7 @@ use crate::{
     },
 };
 
-/// How often progress is told.
+/// How often progress is told, unless asked otherwise.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long one call to a file system may take, unless one file may take less.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -89,6 +89,8 @@ pub(crate) struct Order {
     pub(crate) nice: i32,
     /// Told once what is in force around the worker.
     pub(crate) sandboxed: fn(&[PartState]),
+    /// How often it is told how far the scan is; in steps of 100 ms.
+    pub(crate) tick: Duration,
     /// Who looks at the files.
     pub(crate) hire: Arc<dyn Hire>,
 }
@@ -105,12 +107,17 @@ impl Order {
             threads: all_cores(),
             nice: 10,
             sandboxed: warn_once,
+            tick: PROGRESS_EVERY,
             hire: Arc::new(OwnWorker),
         }
     }
-}
 
-impl Order {
+    /// How its paths are walked.
+    fn walk(&self) -> walk::Options {
+        let patience = PATIENCE.min(Duration::from_millis(self.limits.file_ms));
+        walk::Options { all_local: self.options.all_local || self.options.full, patience }
+    }
+
     /// Where to walk, besides what a quick scan finds.
     fn paths(&self) -> Vec<PathBytes> {
         if self.options.full { vec![PathBytes::from(&b"/"[..])] } else { self.paths.clone() }
@@ -160,7 +167,7 @@ pub(crate) fn run(
                     sink(Update::Detections(full));
                 }
             }
-            Event::Skipped(_) => {}
+            Event::Skipped(_) | Event::Now(_) => {}
             Event::Tick(coverage) => {
                 if let Some(waiting) = batch.take() {
                     sink(Update::Detections(waiting));
@@ -241,7 +248,9 @@ enum Event<'a> {
     Detection(&'a Detection, Object),
     /// Something was not looked at.
     Skipped(&'a Skipped),
-    /// A second has passed.
+    /// This is looked at; before each tick, if there is anything.
+    Now(&'a PathBytes),
+    /// A while has passed ([`Order::tick`]).
     Tick(&'a Coverage),
 }
 
@@ -281,7 +290,7 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
                 // Again each time: the walk may just be starting one.
                 crews.cancel();
             }
-            if ticked.elapsed() >= PROGRESS_EVERY {
+            if ticked.elapsed() >= order.tick {
                 ticked = Instant::now();
                 ledger.lock().tick();
             }
@@ -386,8 +395,7 @@ fn walk_and_take<'scope, 'env, 'books>(
         start(With::All);
     }
     let stopped = || cancel.load(Ordering::Relaxed) || crews.is_given_up();
-    let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
-    let options = walk::Options { all_local: order.options.all_local || order.options.full, patience };
+    let options = order.walk();
     let started = Instant::now();
     let mut pace = order.options.cpu_percent.map(Pace::new);
     let mut submit = |with, item| {

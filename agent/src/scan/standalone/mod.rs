@@ -4,7 +4,9 @@
 //! **Invariant:** results go to standard output and nothing else does; the exit code says the verdict
 //! (0 clean, 1 detected, 2 incomplete or error, 64 usage).
 
+mod ahead;
 mod paths;
+mod progress;
 mod report;
 mod units;
 
@@ -15,6 +17,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
 use tm_patterns::{InvalidPattern, Pattern};
@@ -29,7 +32,9 @@ use tm_scanner::{
 };
 
 use self::{
+    ahead::Ahead,
     paths::PatternsAndPaths,
+    progress::{Progress, Style, When, terminal_width},
     report::{Format, Report},
     units::{parse_duration_ms, parse_percent, parse_size},
 };
@@ -47,6 +52,9 @@ pub(crate) const EXIT_USAGE: u8 = 64;
 /// Where the agent with the usual data folder is spoken to.
 pub(crate) const SOCKET: &str = "/run/tm-agent/scan.sock";
 
+/// How often a terminal shows how far the scan is.
+const LIVELY: Duration = Duration::from_millis(200);
+
 /// What `tm-agent scan` is asked.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -61,7 +69,21 @@ pub(crate) struct Args {
     /// How to print results
     #[arg(short, long, value_enum, default_value_t = Format::Text)]
     output: Format,
-    /// Scanning threads [default: one per core]
+    /// Show how far it is: always (also without a value), never, or where somebody looks
+    ///
+    /// Where somebody looks: on a terminal one line, with the rate, and the time left once it is known how much
+    /// there is; elsewhere a line every few seconds on standard error, but none beside -o json.
+    #[arg(
+        long,
+        value_name = "WHEN",
+        value_enum,
+        default_value_t = When::Auto,
+        default_missing_value = "always",
+        num_args = 0..=1,
+        require_equals = true
+    )]
+    progress: When,
+    /// Scanning threads, at most 4 by the running agent [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
     /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)
@@ -260,8 +282,20 @@ pub(crate) fn scan_with(
     };
 
     let cancel = AtomicBool::new(false);
-    let progress = io::stderr().is_terminal().then(io::stderr);
-    let mut report = Report::new(io::BufWriter::new(io::stdout()), progress, args.output, names, &cancel);
+    let style = args.progress.style(args.output);
+    if style == Some(Style::Terminal) {
+        order.tick = LIVELY;
+    }
+    // What is found on the way is not known before; what may take little CPU is not spent on a count, and neither
+    // where perhaps nobody looks.
+    let is_watched = style == Some(Style::Terminal) || args.progress == When::Always;
+    let is_countable = is_watched && !args.quick && !args.processes && args.cpu.is_none();
+    let progress = style.map(|style| {
+        let walked = || Ahead::start(order.paths.clone(), order.walk(), order.limits.file_bytes);
+        Progress::new(io::stderr(), style, terminal_width, is_countable.then(walked))
+    });
+    let (out, is_shared) = (io::BufWriter::new(io::stdout()), io::stdout().is_terminal());
+    let mut report = Report::new(out, progress, is_shared, args.output, names, &cancel);
     let coverage =
         run_with(&order, &mut |event| report.event(&event), &cancel).map_err(|error| match error {
             Error::Start(StartError::Refused { name, problems }) if !problems.is_empty() => {

@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     io::{self, Stderr, Write},
     sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -17,7 +18,7 @@ use tm_protocol::{
     text::{escape, escape_for_display},
 };
 
-use super::units::show_size;
+use super::{progress::Progress, units::show_size};
 use crate::scan::Event;
 
 /// How results are printed.
@@ -32,9 +33,10 @@ pub(super) enum Format {
 /// Prints what a scan tells. If nobody takes the output any more, it calls the scan off.
 pub(super) struct Report<'a, W: Write> {
     out: W,
-    /// Where progress is shown, if a person watches.
-    progress: Option<Stderr>,
-    progress_shown: bool,
+    /// How far it is, if a person wants to know.
+    progress: Option<Progress<Stderr>>,
+    /// Results and progress are shown on the same terminal.
+    is_shared: bool,
     format: Format,
     /// What people call the patterns.
     names: BTreeMap<Sha256, String>,
@@ -76,18 +78,19 @@ enum Record<'a> {
 }
 
 impl<'a, W: Write> Report<'a, W> {
-    /// Prints to `out`; `cancel` is set if that fails.
+    /// Prints to `out`, which may be where progress is shown (`is_shared`); `cancel` is set if that fails.
     pub(super) fn new(
         out: W,
-        progress: Option<Stderr>,
+        progress: Option<Progress<Stderr>>,
+        is_shared: bool,
         format: Format,
         names: BTreeMap<Sha256, String>,
         cancel: &'a AtomicBool,
     ) -> Self {
-        Self { out, progress, progress_shown: false, format, names, cancel, broken: None }
+        Self { out, progress, is_shared, format, names, cancel, broken: None }
     }
 
-    /// Prints one event.
+    /// Prints one event, or shows it.
     pub(super) fn event(&mut self, event: &Event<'_>) {
         if self.broken.is_some() {
             return;
@@ -98,6 +101,12 @@ impl<'a, W: Write> Report<'a, W> {
             (Event::Skipped(skipped), Format::Json) => self.skipped_json(skipped),
             // The summary names the first ones and counts all.
             (Event::Skipped(_), Format::Text) => Ok(()),
+            (Event::Now(path), Format::Json | Format::Text) => {
+                if let Some(progress) = &mut self.progress {
+                    progress.looks_at(path);
+                }
+                Ok(())
+            }
             (Event::Tick(coverage), Format::Json | Format::Text) => self.tick(coverage),
         };
         if let Err(error) = done {
@@ -115,6 +124,8 @@ impl<'a, W: Write> Report<'a, W> {
             return Err(error);
         }
         self.clear_progress();
+        // To count what there is was a part of the work.
+        let cpu_ms = coverage.cpu_ms.saturating_add(self.progress.as_ref().map_or(0, Progress::cpu_ms));
         match self.format {
             Format::Json => self.record(&Record::Summary {
                 verdict: coverage.verdict(),
@@ -124,9 +135,9 @@ impl<'a, W: Write> Report<'a, W> {
                 detections: coverage.detections,
                 skipped: &coverage.skipped,
                 elapsed_s: seconds(coverage.elapsed_ms),
-                cpu_s: seconds(coverage.cpu_ms),
+                cpu_s: seconds(cpu_ms),
             })?,
-            Format::Text => self.summary_text(coverage)?,
+            Format::Text => self.summary_text(coverage, cpu_ms)?,
         }
         self.out.flush()
     }
@@ -164,12 +175,17 @@ impl<'a, W: Write> Report<'a, W> {
     }
 
     fn record(&mut self, record: &Record<'_>) -> io::Result<()> {
+        if let Some(progress) = self.progress.as_mut().filter(|_| self.is_shared) {
+            progress.clear();
+        }
         serde_json::to_writer(&mut self.out, record)?;
         self.out.write_all(b"\n")
     }
 
     fn detection_text(&mut self, detection: &Detection) -> io::Result<()> {
-        self.clear_progress();
+        if self.is_shared {
+            self.clear_progress();
+        }
         let place = place(&detection.path, &detection.member);
         let rule = escape_for_display(&detection.rule);
         match self.names.get(&detection.pattern) {
@@ -181,7 +197,7 @@ impl<'a, W: Write> Report<'a, W> {
         }
     }
 
-    fn summary_text(&mut self, coverage: &Coverage) -> io::Result<()> {
+    fn summary_text(&mut self, coverage: &Coverage, cpu_ms: u64) -> io::Result<()> {
         for skipped in &coverage.samples {
             let place = place(&skipped.path, &skipped.member);
             writeln!(self.out, "NOT SCANNED {place}: {}", skipped.reason)?;
@@ -199,7 +215,7 @@ impl<'a, W: Write> Report<'a, W> {
             if coverage.files == 1 { "file" } else { "files" },
             show_size(coverage.bytes),
             seconds(coverage.elapsed_ms),
-            seconds(coverage.cpu_ms),
+            seconds(cpu_ms),
         )?;
         if coverage.known > 0 {
             writeln!(self.out, "{} of them known clean, unchanged since they were read", coverage.known)?;
@@ -222,23 +238,14 @@ impl<'a, W: Write> Report<'a, W> {
     fn tick(&mut self, coverage: &Coverage) -> io::Result<()> {
         self.out.flush()?;
         if let Some(progress) = &mut self.progress {
-            self.progress_shown = true;
-            // Progress is a courtesy; a terminal that went away does not stop the scan.
-            let _ = write!(
-                progress,
-                "\r\x1b[K{} files, {}, {} detections",
-                coverage.files,
-                show_size(coverage.bytes),
-                coverage.detections
-            );
+            progress.show(coverage, Instant::now());
         }
         Ok(())
     }
 
     fn clear_progress(&mut self) {
-        if let Some(progress) = self.progress.as_mut().filter(|_| self.progress_shown) {
-            let _ = write!(progress, "\r\x1b[K");
-            self.progress_shown = false;
+        if let Some(progress) = &mut self.progress {
+            progress.clear();
         }
     }
 }
@@ -272,7 +279,7 @@ mod tests {
         let pattern = Sha256::of(b"p");
         let names = BTreeMap::from([(pattern, "rules.yar".to_owned())]);
         let mut out = Vec::new();
-        let mut report = Report::new(&mut out, None, format, names, &cancel);
+        let mut report = Report::new(&mut out, None, false, format, names, &cancel);
         let mut coverage =
             Coverage { files: 2, bytes: 2048, elapsed_ms: 1500, cpu_ms: 500, ..Coverage::default() };
         let path = PathBytes::from(HOSTILE);
@@ -366,7 +373,7 @@ mod tests {
             }
         }
         let cancel = AtomicBool::new(false);
-        let mut report = Report::new(Closed, None, Format::Json, BTreeMap::new(), &cancel);
+        let mut report = Report::new(Closed, None, false, Format::Json, BTreeMap::new(), &cancel);
         report.event(&Event::Tick(&Coverage::default()));
         assert!(cancel.load(Ordering::Relaxed));
         assert_eq!(report.finish(&Coverage::default()).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
