@@ -5,8 +5,8 @@
 
 use std::io::{self, Read};
 
-use lzma_rust2::LzmaReader;
-use ppmd_rust::{Ppmd8Decoder, RestoreMethod};
+use lzma_rust2::{Lzma2Reader, LzmaReader};
+use ppmd_rust::{Ppmd7Decoder, Ppmd8Decoder, RestoreMethod};
 use ruzstd::decoding::{
     FrameDecoder, StreamingDecoder,
     errors::{FrameDecoderError, FrameHeaderError},
@@ -38,6 +38,12 @@ impl<'a> Decoder<'a> {
     pub(super) fn checked(self, crc: Option<u32>, size: Option<u64>) -> Self {
         Self { reader: Box::new(Checked::new(self.reader, crc, size)), workspace: self.workspace }
     }
+}
+
+/// Compares the length of what comes out of `reader`, and its CRC-32, with what is told, where it is told. What
+/// differs is an error at the end.
+pub(super) fn checked<'a>(reader: impl Read + 'a, crc: Option<u32>, size: Option<u64>) -> impl Read + 'a {
+    Checked::new(reader, crc, size)
 }
 
 /// An error that says why something was not looked at.
@@ -92,6 +98,40 @@ pub(super) fn lzma<'a>(
     let dictionary = u32::try_from(dictionary).map_err(|_| SkipReason::Malformed)?;
     let reader = LzmaReader::new_with_props(input, size.unwrap_or(u64::MAX), *first, dictionary, None);
     Ok(Decoder { reader: Box::new(reader.map_err(|error| reason(&error))?), workspace })
+}
+
+/// LZMA2 behind the one byte that gives the dictionary's size.
+pub(super) fn lzma2<'a>(input: impl Read + 'a, property: u8) -> Result<Decoder<'a>, SkipReason> {
+    let dictionary = match property {
+        40 => u32::MAX,
+        0..40 => (2 | u32::from(property) & 1) << (property / 2 + 11),
+        41.. => return Err(SkipReason::Malformed),
+    };
+    let workspace = dictionary_memory(dictionary.into())?;
+    Ok(Decoder { reader: Box::new(Lzma2Reader::new(input, dictionary, None)), workspace })
+}
+
+/// A decoder of the LZMA kind out of which `size` bytes come: its dictionary grows with them, and no further.
+pub(super) fn within(decoder: Decoder<'_>, size: u64) -> Decoder<'_> {
+    Decoder { workspace: decoder.workspace.min(size.saturating_mul(2)).saturating_add(SMALL), ..decoder }
+}
+
+/// A filter, which needs next to nothing for itself.
+pub(super) fn filtered<'a>(reader: impl Read + 'a) -> Decoder<'a> {
+    Decoder { reader: Box::new(reader), workspace: 64 << 10 }
+}
+
+/// PPMd variant H, as 7z has it: order and memory in five bytes.
+pub(super) fn ppmd7<'a>(input: impl Read + 'a, properties: &[u8]) -> Result<Decoder<'a>, SkipReason> {
+    let (Some(order), Some(memory)) = (properties.first(), field::le(properties, 1, 4)) else {
+        return Err(SkipReason::Malformed);
+    };
+    if memory > WINDOW {
+        return Err(SkipReason::Limit);
+    }
+    let memory = u32::try_from(memory).map_err(|_| SkipReason::Malformed)?;
+    let reader = Ppmd7Decoder::new(input, (*order).into(), memory).map_err(|_| SkipReason::Malformed)?;
+    Ok(Decoder { reader: Box::new(reader), workspace: memory.into() })
 }
 
 /// Memory of an LZMA decoder with a dictionary of this size, if it may be that large.
@@ -198,12 +238,16 @@ impl<R: Read> Checked<R> {
 impl<R: Read> Read for Checked<R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let got = self.inner.read(out)?;
-        self.hasher.update(out.get(..got).unwrap_or_default());
         self.got = self.got.saturating_add(u64::try_from(got).unwrap_or(u64::MAX));
-        let wrong_size = self.size.is_some_and(|size| size != self.got);
-        let wrong_crc = self.crc.is_some_and(|crc| crc != self.hasher.clone().finalize());
-        if got == 0 && !out.is_empty() && (wrong_size || wrong_crc) {
-            return Err(io::ErrorKind::InvalidData.into());
+        if self.crc.is_some() {
+            self.hasher.update(out.get(..got).unwrap_or_default());
+        }
+        if got == 0 && !out.is_empty() {
+            let wrong_size = self.size.is_some_and(|size| size != self.got);
+            let wrong_crc = self.crc.is_some_and(|crc| crc != self.hasher.clone().finalize());
+            if wrong_size || wrong_crc {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
         }
         Ok(got)
     }

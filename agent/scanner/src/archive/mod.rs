@@ -13,6 +13,7 @@ mod ar;
 mod budget;
 mod cab;
 mod codec;
+mod cover;
 mod cpio;
 mod field;
 mod kind;
@@ -68,6 +69,12 @@ pub(crate) struct Walk<'a> {
     /// Where the member that was judged last, as it lies in its container, begins and ends in memory.
     last: (usize, usize),
     findings: Findings,
+}
+
+/// What came out of a decoder, held in memory, and why it broke off if it did.
+struct Taken {
+    bytes: Vec<u8>,
+    whole: Result<(), SkipReason>,
 }
 
 /// Judges `bytes` and everything in them.
@@ -156,38 +163,52 @@ impl Walk<'_> {
         packed: u64,
         decoder: Result<Decoder<'_>, SkipReason>,
     ) -> Result<(), SkipReason> {
-        match decoder {
-            Ok(mut decoder) => self.read(name, packed, decoder.workspace, &mut decoder.reader),
-            Err(reason) => {
-                self.count_member()?;
-                self.skip_member(name, reason);
-                Ok(())
-            }
-        }
+        let Decoder { mut reader, workspace } = match decoder {
+            Ok(decoder) => decoder,
+            Err(reason) => return self.unread(name, reason),
+        };
+        let taken = self.take_out(name, packed, workspace, &mut reader)?;
+        // What a decoder holds is not needed while its output is looked into.
+        drop(reader);
+        self.judge_taken(name, taken);
+        Ok(())
     }
 
-    /// Judges what comes out of `reader`, a decoder with `workspace` bytes of its own, that reads `packed`
-    /// bytes. `Err` ends the container.
-    fn read(
+    /// Counts a member that cannot be looked at. `Err` ends the container.
+    fn unread(&mut self, name: &[u8], reason: SkipReason) -> Result<(), SkipReason> {
+        self.count_member()?;
+        self.skip_member(name, reason);
+        Ok(())
+    }
+
+    /// Reads what comes out of `reader`, a decoder with `workspace` bytes of its own that reads `packed` bytes.
+    /// Nothing if there is no room for the decoder, which is said. `Err` ends the container.
+    fn take_out(
         &mut self,
         name: &[u8],
         packed: u64,
         workspace: u64,
         reader: &mut dyn Read,
-    ) -> Result<(), SkipReason> {
+    ) -> Result<Option<Taken>, SkipReason> {
         self.count_member()?;
         if self.budget.is_spent() {
             return Err(SkipReason::Limit);
         }
         if !self.budget.has_workspace(workspace) {
             self.skip_member(name, SkipReason::Limit);
-            return Ok(());
+            return Ok(None);
         }
         let mut bytes = Vec::new();
         self.budget.hold(workspace);
         let whole = self.fill(&mut bytes, packed, reader);
         self.budget.release(workspace);
-        // What did come out is judged even if it broke off: a truncated dropper is still one.
+        Ok(Some(Taken { bytes, whole }))
+    }
+
+    /// Judges what was taken out. What did come out is judged even if it broke off: a truncated dropper is still
+    /// one.
+    fn judge_taken(&mut self, name: &[u8], taken: Option<Taken>) {
+        let Some(Taken { bytes, whole }) = taken else { return };
         self.named(name, |walk| {
             walk.judge(&bytes);
             if let Err(reason) = whole {
@@ -195,6 +216,24 @@ impl Walk<'_> {
             }
         });
         self.budget.release(len(&bytes));
+    }
+
+    /// Reads up to `bytes` bytes of a decoder in vain, to come to what is behind them. What goes wrong is left
+    /// to whoever reads on. `Err` ends the container.
+    fn pass(&mut self, reader: &mut dyn Read, mut bytes: u64) -> Result<(), SkipReason> {
+        while bytes > 0 {
+            let room = field::index(bytes).min(self.chunk.len());
+            let got = match reader.read(self.chunk.get_mut(..room).unwrap_or_default()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(0) | Err(_) => return Ok(()),
+                Ok(got) => u64::try_from(got).unwrap_or(u64::MAX),
+            };
+            self.charge(got)?;
+            if self.budget.time_left().is_none() {
+                return Err(SkipReason::Timeout);
+            }
+            bytes = bytes.saturating_sub(got);
+        }
         Ok(())
     }
 
