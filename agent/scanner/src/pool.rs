@@ -238,7 +238,7 @@ fn load(
             name: names.get(pattern).cloned().unwrap_or_default(),
             problems: problems.into_iter().map(Into::into).collect(),
         },
-        Ok(Answer::Done { .. }) => StartError::Load("misbehaved"),
+        Ok(Answer::Done { .. } | Answer::Measured { .. }) => StartError::Load("misbehaved"),
         Err(RecvTimeoutError::Timeout) => StartError::Load("took too long"),
         Err(RecvTimeoutError::Disconnected) => StartError::Load(DIED),
     };
@@ -454,7 +454,7 @@ impl Supervisor {
         match answer {
             Answer::Done { id, findings } => self.done(id, findings),
             // A worker that says this again has lost its mind; what it owes is missed by the watch.
-            Answer::Ready { .. } | Answer::Refused { .. } => {}
+            Answer::Ready { .. } | Answer::Refused { .. } | Answer::Measured { .. } => {}
         }
     }
 

@@ -46,6 +46,11 @@ pub(crate) struct Worker {
 impl Worker {
     /// Starts a worker and gives it its patterns; its first answer tells what it makes of them.
     pub(crate) fn start(program: &WorkerProgram, setup: &Setup) -> io::Result<Self> {
+        Self::start_within(program, setup, Frame::new(setup.threads, setup.nice, &setup.limits))
+    }
+
+    /// The same within other ceilings.
+    pub(crate) fn start_within(program: &WorkerProgram, setup: &Setup, frame: Frame) -> io::Result<Self> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let mut setup_file = File::from(memfd_create("tm-scan-setup", MemfdFlags::CLOEXEC)?);
@@ -71,7 +76,6 @@ impl Worker {
             }
         })?;
         let worker = Self { child, socket: Some(ours), answers, slots: Slots(slots), threads: setup.threads };
-        let frame = Frame::new(setup.threads, setup.nice, &setup.limits);
         worker.send(&Order::Setup(frame), &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
         Ok(worker)
     }

@@ -43,6 +43,8 @@ pub(crate) enum Order {
     Setup(Frame),
     /// Items, whose files are beside it in the same order.
     Items(Vec<u64>),
+    /// Tell what the rules cost. Beside it a file with the text of the pattern that was set up.
+    Measure,
 }
 
 /// A message from the worker.
@@ -54,6 +56,8 @@ pub(crate) enum Answer {
     Refused { pattern: usize, problems: Vec<Place> },
     /// An item is done.
     Done { id: u64, findings: Findings },
+    /// What the rules cost: remarks on all that are slow, and how many there was no time for.
+    Measured { remarks: Vec<Place>, unmeasured: usize },
 }
 
 /// [`tm_patterns::Problem`], encodable.

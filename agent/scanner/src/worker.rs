@@ -14,22 +14,36 @@ use std::{
     },
     process::ExitCode,
     sync::{Barrier, Mutex, OnceLock},
+    time::Duration,
 };
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use tm_protocol::{ids::Sha256, report::SkipReason, task::ScanLimits};
+use tm_patterns::Problem;
+use tm_protocol::{ids::Sha256, report::SkipReason, task::ScanLimits, text::escape_for_display};
 
 use crate::{
     archive,
-    engine::Engine,
+    engine::{
+        Engine,
+        cost::{self, Measured},
+        lint::VERY_SLOW,
+    },
     item::{Findings, Skip},
     sandbox::{PartState, Sandbox},
-    wire::{self, Answer, BATCH, Order, Setup, Slots},
+    wire::{self, Answer, BATCH, Order, Place, Setup, Slots},
 };
 
 /// Files up to this size are read into a buffer, larger ones mapped (measured: mapping costs twice the CPU
 /// on small files and a third on large ones).
 const READ_LIMIT: u64 = 1 << 20;
+
+/// CPU time for the measure of a pattern's rules: 10,000 ordinary ones take some 3 s.
+const MEASURE_TIME: Duration = Duration::from_secs(8);
+
+/// Most remarks on a pattern.
+const MOST_PROBLEMS: usize = 1000;
+/// Longest text of one, in characters.
+const LONGEST_PROBLEM: usize = 500;
 
 /// How long answers are gathered, in milliseconds.
 const SAY_EVERY_MS: u64 = 10;
@@ -38,7 +52,9 @@ const SAY_EVERY_MS: u64 = 10;
 pub fn main() -> ExitCode {
     // One thread's panic ends the process at once: its item is tried again instead of waiting for its time.
     std::panic::set_hook(Box::new(|panic| {
-        let _ = writeln!(io::stderr(), "scan worker: {panic}");
+        // It may quote a rule.
+        let text = escape_for_display(&panic.to_string());
+        let _ = writeln!(io::stderr(), "scan worker: {text}");
         std::process::abort();
     }));
     match run() {
@@ -116,12 +132,11 @@ fn prepare(setup: &File, length: u64, sandbox: Vec<PartState>, out: &Mutex<File>
     drop(bytes);
     match Engine::compile(&setup.patterns) {
         Ok((engine, rules, warnings)) => {
-            let warnings = warnings.into_iter().map(Into::into).collect();
-            send(out, &Answer::Ready { rules, warnings, sandbox })?;
+            send(out, &Answer::Ready { rules, warnings: bounded(warnings), sandbox })?;
             Ok(Some(Job { engine, limits: setup.limits }))
         }
         Err(refused) => {
-            let problems = refused.problems.into_iter().map(Into::into).collect();
+            let problems = bounded(refused.problems);
             send(out, &Answer::Refused { pattern: refused.pattern, problems })?;
             Ok(None)
         }
@@ -138,7 +153,16 @@ fn serve(
 ) -> io::Result<()> {
     let (mut buffer, mut answers) = (Vec::new(), Vec::new());
     while let Some((order, files)) = receive(socket)? {
-        let Order::Items(ids) = order else { return Err(io::Error::other("a second set-up")) };
+        let ids = match order {
+            Order::Items(ids) => ids,
+            Order::Measure => {
+                let [text] = <[OwnedFd; 1]>::try_from(files)
+                    .map_err(|_| io::Error::other("a measure without its pattern"))?;
+                send(out, &measure(&File::from(text))?)?;
+                continue;
+            }
+            Order::Setup(_) => return Err(io::Error::other("a second set-up")),
+        };
         if ids.len() != files.len() {
             return Err(io::Error::other("items without their files"));
         }
@@ -163,6 +187,33 @@ fn serve(
         slots.clear(thread)?;
     }
     Ok(())
+}
+
+/// What the rules of a text cost.
+fn measure(text: &File) -> io::Result<Answer> {
+    let mut bytes = Vec::new();
+    read_from_start(text, text.metadata()?.len(), &mut bytes)?;
+    let text = String::from_utf8(bytes).map_err(io::Error::other)?;
+    let Measured { remarks, unmeasured } = cost::measure(&text, MEASURE_TIME);
+    Ok(Answer::Measured { remarks: bounded(remarks), unmeasured })
+}
+
+/// What is said of a pattern, not more than anybody reads: a hostile one could fill the memory of whoever asks.
+/// What forbids its use comes first, so that it is never left out.
+fn bounded(mut problems: Vec<Problem>) -> Vec<Place> {
+    if problems.len() > MOST_PROBLEMS {
+        problems.sort_by_key(|problem| !problem.message.starts_with(VERY_SLOW));
+        let more = problems.len() - MOST_PROBLEMS;
+        problems.truncate(MOST_PROBLEMS);
+        problems.push(Problem { line: 0, column: 0, message: format!("and {more} more remarks") });
+    }
+    for problem in &mut problems {
+        if let Some((cut, _)) = problem.message.char_indices().nth(LONGEST_PROBLEM) {
+            problem.message.truncate(cut);
+            problem.message.push('…');
+        }
+    }
+    problems.into_iter().map(Into::into).collect()
 }
 
 fn look(file: &File, buffer: &mut Vec<u8>, engine: &mut Engine, limits: &ScanLimits) -> io::Result<Findings> {

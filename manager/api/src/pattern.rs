@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct ImportQuery {
     /// What people will call it: 1 to 128 characters, no control characters, no `/`.
     pub name: String,
+    /// Take it although some of its rules can hold up a scan. They are still named.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
 }
 
 /// One pattern: the answer to an import, a row of `GET /v1/patterns`, or `GET /v1/patterns/{pattern}`

@@ -28,7 +28,7 @@ use crate::{
 pub(crate) async fn import(
     State(state): State<AppState>,
     Extension(actor): Extension<Actor>,
-    Params(ImportQuery { name }): Params<ImportQuery>,
+    Params(ImportQuery { name, force }): Params<ImportQuery>,
     request: Request,
 ) -> Result<Json<PatternView>, Error> {
     input::pattern_name(&name)?;
@@ -42,7 +42,7 @@ pub(crate) async fn import(
         }
     })?;
     let rooms = (&state.store, &state.blobs, &state.worker);
-    let row = patterns::import(turn, rooms, &actor.name, name, bytes.into(), now_ms()).await?;
+    let row = patterns::import(turn, rooms, &actor.name, name, bytes.into(), force, now_ms()).await?;
     Ok(Json(view(row)))
 }
 
@@ -88,6 +88,13 @@ fn view(row: PatternRow) -> PatternView {
     }
 }
 
+fn places(problems: Vec<tm_patterns::Problem>) -> Vec<Problem> {
+    problems
+        .into_iter()
+        .map(|tm_patterns::Problem { line, column, message }| Problem { line, column, message })
+        .collect()
+}
+
 impl From<ImportError> for Error {
     fn from(error: ImportError) -> Self {
         let refused = |message: String| Self::new(Code::PatternRefused, message);
@@ -107,11 +114,12 @@ impl From<ImportError> for Error {
                 }
             }
             ImportError::Refused(problems) => {
-                let problems = problems
-                    .into_iter()
-                    .map(|tm_patterns::Problem { line, column, message }| Problem { line, column, message })
-                    .collect();
-                refused("the pattern does not compile".to_owned()).problems(problems)
+                refused("the pattern does not compile".to_owned()).problems(places(problems))
+            }
+            ImportError::TooSlow(problems) => {
+                refused("the pattern has rules that can hold up a scan".to_owned())
+                    .problems(places(problems))
+                    .hint("mend these rules, or take them all the same: import it with --force")
             }
             ImportError::Hostile(what) => refused(format!("the pattern {what}"))
                 .hint("a pattern that a compiler cannot bear is not used"),

@@ -80,7 +80,7 @@ impl Lab {
 
     async fn pattern(&self, name: &str) {
         let reference = PatternRef { sha256: Sha256::of(name.as_bytes()), size: 3, name: name.to_owned() };
-        let new = NewPattern { reference, rules: 1, warnings: Vec::new() };
+        let new = NewPattern { reference, rules: 1, warnings: Vec::new(), forced: false };
         self.state.store.import_pattern(&new, "x", 1).await.unwrap();
     }
 }

@@ -32,6 +32,8 @@ pub(crate) enum ImportError {
     Invalid(#[source] InvalidPattern),
     #[error("the pattern does not compile")]
     Refused(Vec<Problem>),
+    #[error("the pattern has rules that can hold up a scan")]
+    TooSlow(Vec<Problem>),
     #[error("the pattern {0}")]
     Hostile(&'static str),
     #[error("cannot try the pattern")]
@@ -52,16 +54,17 @@ pub(crate) async fn turn() -> Turn {
 }
 
 /// Takes in `bytes` under `name`. The same bytes under the same name again change nothing, or make them
-/// the ones that the name means again.
+/// the ones that the name means again. With `force`, rules that can hold up a scan are taken too.
 ///
 /// # Errors
-/// If they are not a pattern, do not compile, are here under another name, or cannot be stored.
+/// If they are not a pattern, do not compile, have such rules, are here under another name, or cannot be stored.
 pub(crate) async fn import(
     turn: Turn,
     (store, blobs, worker): (&Store, &Blobs, &WorkerProgram),
     actor: &str,
     name: String,
     bytes: Vec<u8>,
+    force: bool,
     now_ms: i64,
 ) -> Result<PatternRow, ImportError> {
     let known = store.pattern(Sha256::of(&bytes)).await?;
@@ -69,7 +72,7 @@ pub(crate) async fn import(
     // The permit goes along: a request that is given up does not free the worker that still runs.
     let new = tokio::task::spawn_blocking(move || {
         let _turn = turn;
-        prepare(&blobs, &worker, known, program_name, bytes)
+        prepare(&blobs, &worker, known, program_name, bytes, force)
     })
     .await
     .map_err(ImportError::Task)??;
@@ -85,13 +88,15 @@ fn prepare(
     known: Option<PatternRow>,
     name: String,
     bytes: Vec<u8>,
+    forced: bool,
 ) -> Result<NewPattern, ImportError> {
     let pattern = Pattern::new(name, bytes).map_err(ImportError::Invalid)?;
     let (rules, warnings) = match known {
         Some(row) => (row.rules, row.warnings),
         None => {
-            let checked = check::check(worker, &pattern).map_err(|error| match error {
+            let checked = check::check_with(worker, &pattern, forced).map_err(|error| match error {
                 CheckError::Refused(problems) => ImportError::Refused(problems),
+                CheckError::TooSlow(problems) => ImportError::TooSlow(problems),
                 CheckError::Hostile(what) => ImportError::Hostile(what),
                 CheckError::Start(source) => ImportError::Check(source),
             })?;
@@ -100,7 +105,7 @@ fn prepare(
     };
     // Before the row: an order must never name bytes that no agent can fetch.
     blobs.put(pattern.sha256(), pattern.text().as_bytes()).map_err(ImportError::Blob)?;
-    Ok(NewPattern { reference: pattern.reference(), rules, warnings })
+    Ok(NewPattern { reference: pattern.reference(), rules, warnings, forced })
 }
 
 #[cfg(test)]
@@ -119,17 +124,18 @@ mod tests {
         let text = b"rule a { condition: true }".to_vec();
         let sha256 = Sha256::of(&text);
         let reference = PatternRef { sha256, size: 26, name: "a".to_owned() };
-        let new = NewPattern { reference, rules: 1, warnings: Vec::new() };
+        let new = NewPattern { reference, rules: 1, warnings: Vec::new(), forced: false };
         store.import_pattern(&new, "root", 1).await.unwrap();
 
         let rooms = (&store, &blobs, &worker);
-        let again = import(turn().await, rooms, "root", "a".to_owned(), text.clone(), 2).await.unwrap();
+        let again =
+            import(turn().await, rooms, "root", "a".to_owned(), text.clone(), false, 2).await.unwrap();
         assert_eq!((again.reference.sha256, again.imported_ms), (sha256, 1));
         assert_eq!(std::fs::read(blobs.path(sha256)).unwrap(), text);
 
-        let other = import(turn().await, rooms, "root", "b".to_owned(), text, 2).await;
+        let other = import(turn().await, rooms, "root", "b".to_owned(), text, false, 2).await;
         assert!(matches!(other, Err(ImportError::OtherName(name)) if name == "a"));
-        let empty = import(turn().await, rooms, "root", "b".to_owned(), b" \n".to_vec(), 2).await;
+        let empty = import(turn().await, rooms, "root", "b".to_owned(), b" \n".to_vec(), false, 2).await;
         assert!(matches!(empty, Err(ImportError::Invalid(InvalidPattern::Empty))));
         assert!(store.pattern(Sha256::of(b" \n")).await.unwrap().is_none());
     }

@@ -49,6 +49,8 @@ pub(crate) struct NewPattern {
     pub(crate) reference: PatternRef,
     pub(crate) rules: u32,
     pub(crate) warnings: Vec<ProblemRow>,
+    /// Whoever imports it takes rules that can hold up a scan.
+    pub(crate) forced: bool,
 }
 
 /// What came of an import.
@@ -116,13 +118,12 @@ impl Store {
         .execute(&mut *tx)
         .await
         .map_err(StoreError::query("note a pattern"))?;
-        let entry = Entry {
-            actor,
-            action: "pattern.import",
-            subject: &sha256.to_string(),
-            detail: json!({ "name": name, "size": size, "rules": new.rules }),
-            at_ms: now_ms,
-        };
+        let mut detail = json!({ "name": name, "size": size, "rules": new.rules });
+        if new.forced {
+            detail["forced"] = json!(true);
+        }
+        let subject = sha256.to_string();
+        let entry = Entry { actor, action: "pattern.import", subject: &subject, detail, at_ms: now_ms };
         audit::append(&mut tx, entry).await?;
         Self::commit(tx).await?;
         Ok(Import::Stored(PatternRow {
@@ -233,7 +234,7 @@ mod tests {
     fn new(name: &str, text: &str) -> NewPattern {
         let reference = PatternRef { sha256: Sha256::of(text.as_bytes()), size: 1, name: name.to_owned() };
         let warnings = vec![ProblemRow { line: 1, column: 2, message: "slow".to_owned() }];
-        NewPattern { reference, rules: 1, warnings }
+        NewPattern { reference, rules: 1, warnings, forced: false }
     }
 
     #[tokio::test]

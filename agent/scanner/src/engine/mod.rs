@@ -12,6 +12,8 @@
 //! **Invariant:** no rule can make the compiler open a file (includes are off), and the `macho` module is not
 //! there: a 48-byte fat Mach-O file sends boreal 1.4.0 into endless recursion when a rule imports it.
 
+mod corpus;
+pub(crate) mod cost;
 mod demand;
 #[cfg(test)]
 mod equality;

@@ -350,6 +350,11 @@ fn check_lines(file: &Path, force: bool) -> (Vec<String>, ExitCode) {
             };
             (warnings.chain([count]).collect(), ExitCode::SUCCESS)
         }
+        Err(CheckError::TooSlow(problems)) => {
+            let lines = problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect();
+            complain("the pattern has rules that can hold up a scan; --force accepts them");
+            (lines, ExitCode::FAILURE)
+        }
         Err(CheckError::Refused(problems)) if !problems.is_empty() => {
             let lines = problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect();
             (lines, ExitCode::FAILURE)

@@ -180,7 +180,9 @@ pub(crate) enum Pattern {
     /// Import a pattern (YARA rules or a list of digests)
     #[command(long_about = "Import a pattern: YARA rules or a list of digests, told apart by content.\n\n\
         The manager compiles it first; mistakes are shown as FILE:LINE:COL and nothing is imported. A newer \
-        import under the same name is the one that the name means from then on.\n\n\
+        import under the same name is the one that the name means from then on. Rules that cost much more than \
+        others are named with the reason, and a pattern with one that can hold up a scan is refused unless \
+        --force is given.\n\n\
         Example:\n  tmctl pattern import rules.yar --name fleet-rules")]
     Import {
         /// The file
@@ -188,6 +190,9 @@ pub(crate) enum Pattern {
         /// What people will call it [default: the file's name]
         #[arg(long)]
         name: Option<String>,
+        /// Take rules that can hold up a scan all the same; they are named, and the audit log says so
+        #[arg(long)]
+        force: bool,
     },
     /// List patterns
     List,

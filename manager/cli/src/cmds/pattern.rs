@@ -6,9 +6,9 @@ use tm_api::pattern::{ImportQuery, PatternView};
 
 use crate::{
     cli::Pattern,
-    client::Client,
+    client::{Client, ClientError},
     failure::{Exit, Failure, problem_line},
-    output::{Column, Output, say},
+    output::{Column, Format, Output, say},
 };
 
 const COLUMNS: [Column<PatternView>; 7] = [
@@ -23,7 +23,7 @@ const COLUMNS: [Column<PatternView>; 7] = [
 
 pub(crate) async fn run(command: Pattern, client: &Client, out: &Output) -> Result<Exit, Failure> {
     match command {
-        Pattern::Import { file, name } => import(file, name, client, out).await?,
+        Pattern::Import { file, name, force } => import(file, name, force, client, out).await?,
         Pattern::List => {
             let patterns: Vec<PatternView> = client.get(&["patterns"], &()).await?;
             out.list(&patterns, &COLUMNS, "no patterns; import one: tmctl pattern import FILE")?;
@@ -37,7 +37,13 @@ pub(crate) async fn run(command: Pattern, client: &Client, out: &Output) -> Resu
     Ok(Exit::Done)
 }
 
-async fn import(file: PathBuf, name: Option<String>, client: &Client, out: &Output) -> Result<(), Failure> {
+async fn import(
+    file: PathBuf,
+    name: Option<String>,
+    force: bool,
+    client: &Client,
+    out: &Output,
+) -> Result<(), Failure> {
     let name = match name {
         Some(name) => name,
         None => file
@@ -49,9 +55,16 @@ async fn import(file: PathBuf, name: Option<String>, client: &Client, out: &Outp
             .to_owned(),
     };
     let bytes = read(&file)?;
-    let imported: PatternView = match client.upload(&["patterns"], &ImportQuery { name }, bytes).await {
+    let imported: PatternView = match client.upload(&["patterns"], &ImportQuery { name, force }, bytes).await
+    {
         Ok(imported) => imported,
-        Err(source) => return Err(Failure::Import { file, source }),
+        Err(source) => {
+            // Programs that read the rules and their places want them where they want the rest.
+            if let (true, ClientError::Refused(view)) = (out.format() == Format::Json, &source) {
+                out.json(view)?;
+            }
+            return Err(Failure::Import { file, source });
+        }
     };
     warn(Some(&file), &imported);
     out.list(&[imported], &COLUMNS, "")
