@@ -35,6 +35,7 @@ pub(super) enum With {
 pub(super) struct Crews<'a> {
     all: &'a [Pattern],
     rest: Vec<Pattern>,
+    program: WorkerProgram,
     options: PoolOptions,
     pools: [OnceLock<ScanPool>; 2],
     /// What went wrong, first.
@@ -46,10 +47,15 @@ pub(super) struct Crews<'a> {
 pub(super) type Taker<'scope> = ScopedJoinHandle<'scope, Duration>;
 
 impl<'a> Crews<'a> {
-    /// None started.
-    pub(super) fn new(all: &'a [Pattern], rest: Vec<Pattern>, options: PoolOptions) -> Self {
+    /// None started; `program` is what to start.
+    pub(super) fn new(
+        all: &'a [Pattern],
+        rest: Vec<Pattern>,
+        program: WorkerProgram,
+        options: PoolOptions,
+    ) -> Self {
         let (pools, failure) = ([OnceLock::new(), OnceLock::new()], Mutex::new(None));
-        Self { all, rest, options, pools, failure, ending: AtomicBool::new(false) }
+        Self { all, rest, program, options, pools, failure, ending: AtomicBool::new(false) }
     }
 
     /// Starts the worker for `with` unless it runs, and has its results taken by `take` in a thread of its own.
@@ -67,7 +73,7 @@ impl<'a> Crews<'a> {
         if pool.get().is_some() {
             return Ok(None);
         }
-        let (started, results) = ScanPool::start(&WorkerProgram::this(), patterns, self.options.clone())?;
+        let (started, results) = ScanPool::start(&self.program, patterns, self.options.clone())?;
         if pool.set(started).is_err() {
             return Ok(None);
         }

@@ -55,9 +55,15 @@ pub(crate) struct Args {
     /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)
     #[arg(long)]
     all_local: bool,
-    /// Most CPU time, on average, in percent of one core (1 to 100; files are then looked at one by one)
+    /// Most CPU time, on average, in percent of one core (1 to 100)
+    ///
+    /// The scan then looks at files one by one, reads only what nobody else wants to read, and takes less while
+    /// others wait for CPU, disk or memory (down to a quarter of N%). The time limit of one file grows with it.
     #[arg(long, value_name = "N%", value_parser = parse_percent, conflicts_with = "threads")]
     cpu: Option<u8>,
+    /// Stay in the background: --cpu 10%
+    #[arg(long, conflicts_with_all = ["cpu", "threads"])]
+    background: bool,
     /// Look at what runs, what starts by itself, and where things are dropped
     ///
     /// Running programs, autostart places, /tmp, /var/tmp, /dev/shm, and in home folders what is executable or was
@@ -162,7 +168,7 @@ impl Args {
     fn options(&self) -> ScanOptions {
         ScanOptions {
             all_local: self.all_local,
-            cpu_percent: self.cpu,
+            cpu_percent: self.cpu.or(self.background.then_some(ScanOptions::BACKGROUND_PERCENT)),
             quick: self.quick,
             full: self.full,
             processes: self.processes,
@@ -197,6 +203,7 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
             complain_as("warning", &format!("the scan worker runs with a part of its sandbox only: {line}"));
         }
     };
+    order.remark = |remark| complain_as("note", remark);
 
     let cancel = AtomicBool::new(false);
     let progress = io::stderr().is_terminal().then(io::stderr);
