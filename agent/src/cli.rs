@@ -100,7 +100,11 @@ enum Command {
         output: doctor::Format,
     },
     #[command(hide = true)]
-    ScanWorker,
+    ScanWorker {
+        /// Tells whose worker it is; it means nothing to the worker
+        #[arg(long)]
+        mark: Option<String>,
+    },
     #[command(hide = true)]
     ScanSession {
         #[command(flatten)]
@@ -157,7 +161,7 @@ pub(crate) fn run() -> ExitCode {
             Err(error) => finish(Err(error)),
         },
         Command::Doctor { output } => doctor::run(output),
-        Command::ScanWorker => tm_scanner::worker::main(),
+        Command::ScanWorker { mark: _ } => tm_scanner::worker::main(),
         Command::ScanSession { folder } => finish(serve_user(folder.data)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tm-agent", &mut io::stdout());

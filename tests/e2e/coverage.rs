@@ -144,7 +144,7 @@ fn a_scan_stays_within_its_share_of_a_core() {
     let lab = Lab::start();
     let agent = lab.agent();
     // Its loop takes CPU time for every file.
-    let slow = "rule slow { condition: for any i in (0..100000) : (uint8(i) == 256) }";
+    let slow = "rule slow { condition: for any i in (0..30000) : (uint8(i) == 256) }";
     lab.import("slow.yar", slow).expect(0);
     let folder = lab.folder("much");
     let chunk: Vec<u8> =
@@ -163,10 +163,10 @@ fn a_scan_stays_within_its_share_of_a_core() {
         (result["cpu_s"].as_f64().unwrap(), result["elapsed_s"].as_f64().unwrap())
     };
     let started = Instant::now();
-    let (cpu, elapsed) = scan(&["--cpu", "5%"]);
+    let (cpu, elapsed) = scan(&["--cpu", "10%"]);
     assert!(cpu > 0.2, "there was something to hold: {cpu} s");
-    assert!(cpu / elapsed <= 0.07, "{cpu} s of CPU in {elapsed} s");
+    assert!(cpu / elapsed <= 0.13, "{cpu} s of CPU in {elapsed} s");
     assert!(started.elapsed() >= Duration::from_secs_f64(elapsed), "the receipt's time is real");
     let (cpu, elapsed) = scan(&[]);
-    assert!(cpu / elapsed > 0.1, "the control: without a limit it uses more, {cpu} s of CPU in {elapsed} s");
+    assert!(cpu / elapsed > 0.2, "the control: without a limit it uses more, {cpu} s of CPU in {elapsed} s");
 }

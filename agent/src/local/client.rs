@@ -29,7 +29,7 @@ use tm_protocol::{
 };
 use tm_scanner::{
     item::{Item, ItemResult},
-    pool::{PoolOptions, StartError},
+    pool::{PoolOptions, StartError, WorkerProgram},
     sandbox::PartState,
 };
 
@@ -204,6 +204,7 @@ impl Agent {
 impl Hire for Agent {
     fn hire(
         &self,
+        _: &WorkerProgram,
         _: &[Pattern],
         _: &PoolOptions,
     ) -> Result<(Box<dyn Workers>, Receiver<ItemResult>), StartError> {

@@ -15,7 +15,7 @@ use std::{
 use tm_patterns::Pattern;
 use tm_scanner::{
     item::{Item, ItemResult},
-    pool::{PoolOptions, StartError},
+    pool::{PoolOptions, StartError, WorkerProgram},
     sandbox::PartState,
 };
 
@@ -38,6 +38,7 @@ pub(super) enum With {
 pub(super) struct Crews<'a> {
     all: &'a [Pattern],
     rest: Vec<Pattern>,
+    program: WorkerProgram,
     options: PoolOptions,
     hire: &'a dyn Hire,
     pools: [OnceLock<Box<dyn Workers>>; 2],
@@ -50,15 +51,16 @@ pub(super) struct Crews<'a> {
 pub(super) type Taker<'scope> = ScopedJoinHandle<'scope, Duration>;
 
 impl<'a> Crews<'a> {
-    /// None started.
+    /// None started; `program` is what to start, where workers of our own are hired.
     pub(super) fn new(
         all: &'a [Pattern],
         rest: Vec<Pattern>,
+        program: WorkerProgram,
         options: PoolOptions,
         hire: &'a dyn Hire,
     ) -> Self {
         let (pools, failure) = ([OnceLock::new(), OnceLock::new()], Mutex::new(None));
-        Self { all, rest, options, hire, pools, failure, ending: AtomicBool::new(false) }
+        Self { all, rest, program, options, hire, pools, failure, ending: AtomicBool::new(false) }
     }
 
     /// Starts the worker for `with` unless it runs, and has its results taken by `take` in a thread of its own.
@@ -76,7 +78,7 @@ impl<'a> Crews<'a> {
         if pool.get().is_some() {
             return Ok(None);
         }
-        let (started, results) = self.hire.hire(patterns, &self.options)?;
+        let (started, results) = self.hire.hire(&self.program, patterns, &self.options)?;
         if pool.set(started).is_err() {
             return Ok(None);
         }

@@ -12,12 +12,13 @@ use tm_scanner::{
 
 /// Where workers come from.
 pub(crate) trait Hire: Debug + Send + Sync {
-    /// Workers that look for `patterns`, and their results: one for every file submitted, in any order.
+    /// Workers that look for `patterns` (of ours, if they are ours, `program` is started), and their results: one for every file submitted, in any order.
     ///
     /// # Errors
     /// If there are none, or the patterns do not load.
     fn hire(
         &self,
+        program: &WorkerProgram,
         patterns: &[Pattern],
         options: &PoolOptions,
     ) -> Result<(Box<dyn Workers>, Receiver<ItemResult>), StartError>;
@@ -46,10 +47,11 @@ pub(crate) struct OwnWorker;
 impl Hire for OwnWorker {
     fn hire(
         &self,
+        program: &WorkerProgram,
         patterns: &[Pattern],
         options: &PoolOptions,
     ) -> Result<(Box<dyn Workers>, Receiver<ItemResult>), StartError> {
-        let (pool, results) = ScanPool::start(&WorkerProgram::this(), patterns, options.clone())?;
+        let (pool, results) = ScanPool::start(program, patterns, options.clone())?;
         Ok((Box::new(pool), results))
     }
 }

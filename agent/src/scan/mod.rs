@@ -8,11 +8,14 @@
 mod batch;
 mod crews;
 pub(crate) mod hire;
+mod hold;
 mod ledger;
 mod links;
 mod memory;
 mod pace;
+mod pressure;
 mod quick;
+mod rein;
 mod seen;
 pub(crate) mod standalone;
 mod walk;
@@ -39,19 +42,22 @@ use tm_protocol::{
 };
 use tm_scanner::{
     item::{Item, ItemResult},
-    pool::{PoolOptions, StartError},
+    pool::{PoolOptions, StartError, WorkerProgram},
     sandbox::PartState,
 };
 
 use crate::{
-    platform::fs::{Object, facts_of},
+    platform::{
+        self,
+        fs::{Object, facts_of},
+    },
     scan::{
         batch::Batch,
         crews::{Crews, FinishOnDrop, With},
         hire::{Hire, OwnWorker},
+        hold::Hold,
         ledger::Ledger,
         memory::{Met, Room},
-        pace::Pace,
         quick::{Quick, is_of_interest},
         seen::{Known, Seen},
         walk::Found,
@@ -64,10 +70,6 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a cancel may go unnoticed while no result comes.
 const CANCEL_EVERY: Duration = Duration::from_millis(100);
-/// How soon the next file follows one that is looked at alone.
-const PAUSE: Duration = Duration::from_micros(200);
-/// How soon a scan that is held to a share of a core looks whether it may go on.
-const HELD: Duration = Duration::from_millis(20);
 
 /// Where to look, with what, and how.
 #[derive(Debug)]
@@ -93,6 +95,8 @@ pub(crate) struct Order {
     pub(crate) tick: Duration,
     /// Who looks at the files.
     pub(crate) hire: Arc<dyn Hire>,
+    /// Told what a person who waits for the scan should know of how it is held.
+    pub(crate) remark: fn(&str),
 }
 
 impl Order {
@@ -109,6 +113,7 @@ impl Order {
             sandboxed: warn_once,
             tick: PROGRESS_EVERY,
             hire: Arc::new(OwnWorker),
+            remark: remark_once,
         }
     }
 
@@ -262,17 +267,22 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
     let started = Instant::now();
     let paths = order.paths();
     walk::check(&paths, &|| cancel.load(Ordering::Relaxed))?;
-    let options = PoolOptions {
-        threads: if order.options.cpu_percent.is_some() { 1 } else { order.threads.max(1) },
-        limits: order.limits,
-        nice: order.nice,
-    };
+    let mut options = PoolOptions { threads: order.threads.max(1), limits: order.limits, nice: order.nice };
+    let hold = order.options.cpu_percent.map(Hold::new);
+    if let Some(hold) = &hold {
+        options.threads = 1;
+        options.limits.file_ms = hold.stretched(order.limits.file_ms);
+        if !hold.knows_pressure() {
+            (order.remark)("this kernel tells no pressure; the scan keeps to its share whoever else waits");
+        }
+    }
     let seen = order.seen.as_deref().and_then(|path| Seen::open(path, &order.patterns, order.options.fresh));
     let rest = seen.as_ref().map(|seen| with_digests(&order.patterns, seen.rest())).unwrap_or_default();
     // Patterns that have found files clean are known to load; others are tried before anything else is done.
     let may_wait = seen.as_ref().is_some_and(Seen::may_know);
     let seen = seen.map(Mutex::new);
-    let (crews, room) = (Crews::new(&order.patterns, rest, options, &*order.hire), Room::default());
+    let program = hold.as_ref().map_or_else(WorkerProgram::this, Hold::program);
+    let (crews, room) = (Crews::new(&order.patterns, rest, program, options, &*order.hire), Room::default());
     // Handed to a worker and not come back.
     let out = AtomicUsize::new(0);
     let ledger = Ledger::new(order.limits, observe);
@@ -282,8 +292,31 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
         let walker = scope.spawn(|| {
             // Dropped last, so that the watch goes on until all is done.
             let _walked = walked;
-            walk_and_take(scope, order, &crews, (&ledger, &room, &out), seen.as_ref(), may_wait, cancel)
+            if hold.is_some()
+                && let Err(error) = platform::idle::wait_for_others()
+            {
+                tracing::warn!(%error, "A scan in the background cannot be made to wait for others.");
+            }
+            let held = hold.as_ref();
+            walk_and_take(
+                scope,
+                order,
+                &crews,
+                (&ledger, &room, &out),
+                (seen.as_ref(), may_wait),
+                held,
+                cancel,
+            )
         });
+        if let Some(hold) = &hold {
+            let (walking, crews, out) = (walking.clone(), &crews, &out);
+            scope.spawn(move || {
+                let is_busy = || out.load(Ordering::Acquire) > 0;
+                while walking.recv_timeout(hold.turn(crews, is_busy)).is_err_and(|error| error.is_timeout()) {
+                }
+                hold.let_go();
+            });
+        }
         let mut ticked = started;
         while walking.recv_timeout(CANCEL_EVERY).is_err_and(|error| error.is_timeout()) {
             if cancel.load(Ordering::Relaxed) {
@@ -321,23 +354,6 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
     Ok(coverage)
 }
 
-/// Waits until nothing is in hand and the share of a core allows for one more file, or the scan is to stop.
-fn hold(
-    pace: &mut Pace,
-    started: &Instant,
-    cpu: impl Fn() -> Duration,
-    is_busy: &dyn Fn() -> bool,
-    stopped: &dyn Fn() -> bool,
-) {
-    while !stopped() {
-        let wait = if is_busy() { PAUSE } else { pace.wait(started.elapsed(), cpu()).min(HELD) };
-        if wait.is_zero() {
-            return;
-        }
-        std::thread::sleep(wait);
-    }
-}
-
 /// What is missing of the workers' sandbox, in one line; nothing if all is in force.
 pub(crate) fn missing_line(parts: &[PartState]) -> Option<String> {
     let missing: Vec<_> = parts
@@ -358,14 +374,22 @@ fn warn_once(parts: &[PartState]) {
     *said = missing;
 }
 
+/// Says in the log, once for each, how a scan is held.
+fn remark_once(remark: &str) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(remark.to_owned()) {
+        tracing::info!(remark, "A scan is held to its share.");
+    }
+}
+
 /// Walks, hands over, and waits for the last result. Returns the CPU time of all that.
 fn walk_and_take<'scope, 'env, 'books>(
     scope: &'scope Scope<'scope, 'env>,
     order: &'env Order,
     crews: &'env Crews<'env>,
     (ledger, room, out): (&'env Ledger<'books>, &'env Room, &'env AtomicUsize),
-    seen: Option<&'env Mutex<Seen>>,
-    may_wait: bool,
+    (seen, may_wait): (Option<&'env Mutex<Seen>>, bool),
+    hold: Option<&'env Hold>,
     cancel: &AtomicBool,
 ) -> Duration {
     let finish = FinishOnDrop(crews);
@@ -396,13 +420,13 @@ fn walk_and_take<'scope, 'env, 'books>(
     }
     let stopped = || cancel.load(Ordering::Relaxed) || crews.is_given_up();
     let options = order.walk();
-    let started = Instant::now();
-    let mut pace = order.options.cpu_percent.map(Pace::new);
-    let mut submit = |with, item| {
-        if let Some(pace) = &mut pace {
-            let cpu = || Duration::from_millis(crews.cpu_ms()).saturating_add(thread_cpu());
-            hold(pace, &started, cpu, &|| out.load(Ordering::Acquire) > 0, &stopped);
+    // Before anything that costs, so that also files that are known, and are many, keep to the share.
+    let held = || {
+        if let Some(hold) = hold {
+            hold.wait(crews, || out.load(Ordering::Acquire) > 0, stopped);
         }
+    };
+    let submit = |with, item| {
         out.fetch_add(1, Ordering::AcqRel);
         crews.submit(with, item);
     };
@@ -411,6 +435,7 @@ fn walk_and_take<'scope, 'env, 'books>(
         start(With::All);
         memory::walk((memory::MOST_BYTES, order.limits.file_bytes), room, &stopped, &mut |met| match met {
             Met::Piece { path, member, file } => {
+                held();
                 let id = ledger.lock().hand_over_memory(path, member);
                 submit(With::All, Item { id, file });
             }
@@ -422,6 +447,7 @@ fn walk_and_take<'scope, 'env, 'books>(
     let mut hand_over = |found, is_home| match found {
         Found::File { facts, .. } if is_home && !is_of_interest(&facts) => {}
         Found::File { path, file, facts } => {
+            held();
             let Some(id) = ledger.lock().hand_over(path, &facts) else { return };
             let with = match seen.map_or(Known::No, |seen| lock(seen).meet(&facts, id)) {
                 Known::ByAll => return ledger.lock().known(id, facts.stamp.parts().0),

@@ -89,9 +89,15 @@ pub(crate) struct Args {
     /// Go on into other file systems of this machine (without it they are skipped: other-filesystem)
     #[arg(long)]
     all_local: bool,
-    /// Most CPU time, on average, in percent of one core (1 to 100; files are then looked at one by one)
+    /// Most CPU time, on average, in percent of one core (1 to 100)
+    ///
+    /// The scan then looks at files one by one, reads only what nobody else wants to read, and takes less while
+    /// others wait for CPU, disk or memory (down to a quarter of N%). The time limit of one file grows with it.
     #[arg(long, value_name = "N%", value_parser = parse_percent, conflicts_with = "threads")]
     cpu: Option<u8>,
+    /// Stay in the background: --cpu 10%
+    #[arg(long, conflicts_with_all = ["cpu", "threads"])]
+    background: bool,
     /// Look at what runs, what starts by itself, and where things are dropped
     ///
     /// Running programs, autostart places, /tmp, /var/tmp, /dev/shm, and in home folders what is executable or was
@@ -244,7 +250,7 @@ impl Args {
     pub(crate) fn options(&self) -> ScanOptions {
         ScanOptions {
             all_local: self.all_local,
-            cpu_percent: self.cpu,
+            cpu_percent: self.cpu.or(self.background.then_some(ScanOptions::BACKGROUND_PERCENT)),
             quick: self.quick,
             full: self.full,
             processes: self.processes,
@@ -280,6 +286,7 @@ pub(crate) fn scan_with(
             complain_as("warning", &format!("the scan worker runs with a part of its sandbox only: {line}"));
         }
     };
+    order.remark = |remark| complain_as("note", remark);
 
     let cancel = AtomicBool::new(false);
     let style = args.progress.style(args.output);
@@ -291,7 +298,7 @@ pub(crate) fn scan_with(
     let is_watched = style == Some(Style::Terminal) || args.progress == When::Always;
     let is_countable = is_watched && !args.quick && !args.processes && args.cpu.is_none();
     let progress = style.map(|style| {
-        let walked = || Ahead::start(order.paths.clone(), order.walk(), order.limits.file_bytes);
+        let walked = || Ahead::start(order.paths(), order.walk(), order.limits.file_bytes);
         Progress::new(io::stderr(), style, terminal_width, is_countable.then(walked))
     });
     let (out, is_shared) = (io::BufWriter::new(io::stdout()), io::stdout().is_terminal());
