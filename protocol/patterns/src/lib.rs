@@ -6,6 +6,8 @@
 //! **Invariant:** a [`Pattern`] that exists is within the size limit and is text; whether it compiles is
 //! found out in a scan worker, never in the process that holds it.
 
+pub mod digests;
+
 use std::sync::Arc;
 
 use tm_protocol::{ids::Sha256, task::PatternRef};
