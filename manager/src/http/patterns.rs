@@ -95,15 +95,20 @@ impl From<ImportError> for Error {
             ImportError::Invalid(invalid) => {
                 let message = invalid.to_string();
                 match invalid {
-                    InvalidPattern::TooLarge { .. } => Self::new(Code::TooLarge, message),
+                    InvalidPattern::TooLarge { .. } | InvalidPattern::LongList => {
+                        Self::new(Code::TooLarge, message)
+                    }
                     InvalidPattern::NotText { line } => {
                         let line = u32::try_from(line).unwrap_or(u32::MAX);
                         let problem = Problem { line, column: 0, message: "not UTF-8 text".to_owned() };
                         refused(message).problems(vec![problem])
                     }
-                    InvalidPattern::Empty | InvalidPattern::Compiled | InvalidPattern::Digest { .. } => {
-                        refused(message)
-                    }
+                    InvalidPattern::Empty
+                    | InvalidPattern::Compiled
+                    | InvalidPattern::List(_)
+                    | InvalidPattern::Digests(_)
+                    | InvalidPattern::Memory(_)
+                    | InvalidPattern::Digest { .. } => refused(message),
                 }
             }
             ImportError::Refused(problems) => {

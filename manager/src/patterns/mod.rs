@@ -99,7 +99,8 @@ fn prepare(
         }
     };
     // Before the row: an order must never name bytes that no agent can fetch.
-    blobs.put(pattern.sha256(), pattern.text().as_bytes()).map_err(ImportError::Blob)?;
+    let stored = pattern.to_bytes().and_then(|bytes| blobs.put(pattern.sha256(), &bytes));
+    stored.map_err(ImportError::Blob)?;
     Ok(NewPattern { reference: pattern.reference(), rules, warnings })
 }
 

@@ -1,78 +1,35 @@
-//! Reads digest lists as people have them: one digest a line with or without a name, CSV with names, MISP CSV,
-//! ClamAV `.hdb` and `.hsb`. Each line is read for itself, so that formats may be mixed.
+//! Reads lines of digest lists as people have them: one digest a line with or without a name, CSV with names, MISP
+//! CSV, ClamAV `.hdb` and `.hsb`. Each line is read for itself, so that formats may be mixed.
 //!
 //! **Invariant:** a line is an entry, empty, a comment, a header, or junk that is counted: none vanishes.
 
 use super::{Digest, Entry};
 
-/// Junk lines that are named; more are only counted.
-pub const MAX_JUNK: usize = 200;
+/// Longest name that is kept, in bytes.
+pub(super) const MAX_NAME: usize = 256;
 
-/// What a list holds.
+/// What a line is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parsed<'a> {
-    /// Its entries, in the order of their lines.
-    pub entries: Vec<Entry<'a>>,
-    /// Numbers of the first junk lines, from 1; at most [`MAX_JUNK`].
-    pub junk: Vec<usize>,
-    /// How many lines are junk.
-    pub junk_lines: usize,
+pub(super) enum Line<'a> {
+    /// It names a digest.
+    Entry(Entry<'a>),
+    /// Empty, or a comment.
+    Nothing,
+    /// Neither.
+    Junk,
 }
 
-/// Why text is not a digest list.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidList {
-    /// Nothing to look for is in it.
-    #[error("there is no digest in it")]
-    Empty,
-    /// Most likely it is something else.
-    #[error("{junk} lines hold no digest and only {entries} do, the first without is line {first}")]
-    MostlyJunk {
-        /// Lines that hold none.
-        junk: usize,
-        /// Lines that hold one.
-        entries: usize,
-        /// The first line that holds none, from 1.
-        first: usize,
-    },
-}
-
-/// Reads `text`. Takes time and memory in proportion to its length.
-///
-/// # Errors
-/// If no line holds a digest, or more lines are junk than hold one.
-pub fn parse(text: &str) -> Result<Parsed<'_>, InvalidList> {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut parsed = Parsed { entries: Vec::new(), junk: Vec::new(), junk_lines: 0 };
-    let mut at_start = true;
-    for (number, line) in (1..).zip(text.lines()) {
-        let line = line.trim();
-        if line.is_empty() || line.starts_with('#') {
-            continue;
-        }
-        let is_first = std::mem::replace(&mut at_start, false);
-        match entry(line) {
-            Some(entry) => parsed.entries.push(entry),
-            None if is_first && is_header(line) => {}
-            None => {
-                parsed.junk_lines += 1;
-                if parsed.junk.len() < MAX_JUNK {
-                    parsed.junk.push(number);
-                }
-            }
-        }
+/// Reads one line, without its end.
+pub(super) fn read_line(line: &str) -> Line<'_> {
+    let line = line.trim();
+    if line.is_empty() || ["#", "//", ";"].iter().any(|mark| line.starts_with(mark)) {
+        return Line::Nothing;
     }
-    match (parsed.entries.len(), parsed.junk.first()) {
-        (entries, Some(first)) if parsed.junk_lines > entries => {
-            Err(InvalidList::MostlyJunk { junk: parsed.junk_lines, entries, first: *first })
-        }
-        (0, _) => Err(InvalidList::Empty),
-        _ => Ok(parsed),
-    }
+    entry(line).map_or(Line::Junk, Line::Entry)
 }
 
 /// Column names: words with commas between them, one of which speaks of digests.
-fn is_header(line: &str) -> bool {
+pub(super) fn is_header(line: &str) -> bool {
     line.contains(',')
         && line.split(',').map(unquoted).any(|column| {
             ["md5", "sha1", "sha-1", "sha256", "sha-256", "hash", "digest", "value", "type"]
@@ -81,8 +38,15 @@ fn is_header(line: &str) -> bool {
         })
 }
 
+/// Whether a line is an entry.
+pub(crate) fn is_entry(line: &str) -> bool {
+    matches!(read_line(line), Line::Entry(_))
+}
+
 fn entry(line: &str) -> Option<Entry<'_>> {
-    clamav(line).or_else(|| if line.contains(',') { csv(line) } else { plain(line) })
+    let found = clamav(line).or_else(|| if line.contains(',') { csv(line) } else { plain(line) })?;
+    let end = (0..=MAX_NAME.min(found.name.len())).rev().find(|end| found.name.is_char_boundary(*end))?;
+    Some(Entry { name: found.name.get(..end)?, ..found })
 }
 
 /// `digest:size:name` and what ClamAV allows after it; a size of `*` is any.
@@ -91,7 +55,8 @@ fn clamav(line: &str) -> Option<Entry<'_>> {
     let digest = Digest::from_hex(fields.next()?)?;
     let size = match fields.next()? {
         "*" => None,
-        number => Some(number.parse().ok()?),
+        // The largest number stands for any size in the compiled form.
+        number => Some(number.parse().ok().filter(|size| *size != u64::MAX)?),
     };
     Some(Entry { digest, size, name: fields.next()? })
 }
@@ -163,42 +128,37 @@ mod tests {
     #[test]
     fn each_format_gives_digest_size_and_name() {
         let (md5, sha1, sha256) = ("aB".repeat(16), "01".repeat(20), "f0".repeat(32));
-        for (text, size, name) in [
-            (format!("\u{feff}# list\r\n{sha256}\r\n"), None, ""),
-            (format!("{sha1}  some tool\n"), None, "some tool"),
+        for (line, size, name) in [
+            (format!("  {sha256}\r"), None, ""),
+            (format!("{sha1}  some tool"), None, "some tool"),
             (format!("{md5} *evil.exe"), None, "evil.exe"),
-            (format!("name,sha256\n\"Evil, the tool\",{sha256}"), None, "Evil, the tool"),
+            (format!("\"Evil, the tool\",{sha256}"), None, "Evil, the tool"),
             (format!("{sha1},dropper"), None, "dropper"),
-            (
-                format!(
-                    "uuid,event_id,category,type,value\nu,7,Payload delivery,filename|sha256,\"a.exe|{sha256}\""
-                ),
-                None,
-                "a.exe",
-            ),
+            (format!("u,7,Payload delivery,filename|sha256,\"a.exe|{sha256}\""), None, "a.exe"),
             (format!("{md5}:1234:Win.Evil-1"), Some(1234), "Win.Evil-1"),
             (format!("{sha256}:*:Win.Evil-2:73"), None, "Win.Evil-2"),
         ] {
-            let parsed = parse(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
-            assert_eq!((parsed.entries.len(), parsed.junk_lines), (1, 0), "{text}");
-            assert_eq!((parsed.entries[0].size, parsed.entries[0].name), (size, name), "{text}");
+            let Line::Entry(entry) = read_line(&line) else { panic!("{line}") };
+            assert_eq!((entry.size, entry.name), (size, name), "{line}");
         }
         assert_eq!(Digest::from_hex(&md5), Some(Digest::Md5([0xab; 16])));
         assert_eq!(Digest::from_hex(&sha1), Some(Digest::Sha1([1; 20])));
         assert_eq!(Digest::from_hex(&sha256[1..]), None);
+        for nothing in ["", " \t\r", "# x", "// x", "; x"] {
+            assert_eq!(read_line(nothing), Line::Nothing, "{nothing:?}");
+        }
+        let zeros = "0".repeat(32);
+        for junk in
+            ["not a digest", &zeros[1..], &format!("{zeros}:x:name"), &format!("{zeros}:{}:n", u64::MAX)]
+        {
+            assert_eq!(read_line(junk), Line::Junk, "{junk}");
+        }
     }
 
     #[test]
-    fn junk_is_named_by_line_and_a_list_of_junk_is_refused() {
-        let good = format!("{}\n", "0".repeat(64));
-        let text = format!("{good}\nnot a digest\n{good}{}:x:name\n{good}", "0".repeat(32));
-        let parsed = parse(&text).unwrap_or_else(|error| panic!("{error}"));
-        assert_eq!((parsed.entries.len(), parsed.junk, parsed.junk_lines), (3, vec![3, 5], 2));
-        let junk = format!("{good}{}", "x\n".repeat(1000));
-        let refused = InvalidList::MostlyJunk { junk: 1000, entries: 1, first: 2 };
-        assert_eq!(parse(&junk), Err(refused));
-        assert_eq!(parse("# only this\n\n"), Err(InvalidList::Empty));
-        let many = format!("{}{}", good.repeat(1000), "x\n".repeat(1000));
-        assert!(parse(&many).is_ok_and(|p| (p.junk.len(), p.junk_lines) == (MAX_JUNK, 1000)));
+    fn a_long_name_is_cut_between_characters() {
+        let line = format!("{} x{}", "0".repeat(32), "\u{e4}".repeat(1000));
+        let Line::Entry(entry) = read_line(&line) else { panic!("it is an entry") };
+        assert_eq!(entry.name.len(), MAX_NAME - 1);
     }
 }
