@@ -46,12 +46,7 @@ pub fn check(program: &WorkerProgram, pattern: &Pattern) -> Result<Checked, Chec
 /// # Errors
 /// As [`check`].
 pub fn check_with(program: &WorkerProgram, pattern: &Pattern, force: bool) -> Result<Checked, CheckError> {
-    let setup = Setup {
-        patterns: vec![(pattern.sha256(), pattern.text().to_owned())],
-        limits: ScanLimits::default(),
-        threads: 1,
-        nice: 0,
-    };
+    let setup = Setup { patterns: vec![pattern.clone()], limits: ScanLimits::default(), threads: 1, nice: 0 };
     let worker = Worker::start(program, &setup).map_err(CheckError::Start)?;
     let answer = worker.answers.recv_timeout(COMPILE_TIME);
     worker.kill();

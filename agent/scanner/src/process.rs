@@ -49,7 +49,7 @@ impl Worker {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let mut setup_file = File::from(memfd_create("tm-scan-setup", MemfdFlags::CLOEXEC)?);
-        setup_file.write_all(&wire::encode(setup)?)?;
+        setup_file.write_all(&wire::encode(&setup.told())?)?;
         let slots = File::from(memfd_create("tm-scan-slots", MemfdFlags::CLOEXEC)?);
         slots.set_len(u64::try_from(setup.threads).map_err(io::Error::other)?.saturating_mul(16))?;
 
@@ -71,8 +71,16 @@ impl Worker {
             }
         })?;
         let worker = Self { child, socket: Some(ours), answers, slots: Slots(slots), threads: setup.threads };
-        let frame = Frame::new(setup.threads, setup.nice, &setup.limits);
-        worker.send(&Order::Setup(frame), &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
+        let lists = setup.lists();
+        let list_bytes: usize = lists.iter().map(|list| list.size()).sum();
+        let mut frame = Frame::new(setup.threads, setup.nice, &setup.limits);
+        frame.address_bytes =
+            frame.address_bytes.saturating_add(u64::try_from(list_bytes).unwrap_or(u64::MAX));
+        let order = Order::Setup(frame, lists.len());
+        worker.send(&order, &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
+        for some in lists.chunks(BATCH) {
+            worker.send(&Order::Lists, &some.iter().map(|list| list.as_fd()).collect::<Vec<_>>())?;
+        }
         Ok(worker)
     }
 

@@ -192,9 +192,13 @@ impl Books<'_> {
 /// Whether the file on disk itself was looked at, whatever became of its members.
 fn was_read(findings: &Findings, limits: &ScanLimits) -> bool {
     let lost = findings.skips.iter().any(|skip| {
-        skip.member.is_empty() && matches!(skip.reason, SkipReason::Unreadable | SkipReason::WorkerDied)
+        let reason = skip.reason;
+        // Of a file that is too large for rules digests may have been computed; that is not all that was asked.
+        let is_too_large = reason == SkipReason::Limit && findings.size > limits.file_bytes;
+        skip.member.is_empty()
+            && (is_too_large || matches!(reason, SkipReason::Unreadable | SkipReason::WorkerDied))
     });
-    !lost && findings.size <= limits.file_bytes
+    !lost
 }
 
 #[cfg(test)]

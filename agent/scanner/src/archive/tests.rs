@@ -14,12 +14,13 @@ use self::samples::{
     BZIP2, DEFLATE, Entry, LZMA, XZ, ZSTD, ar, cpio_binary, cpio_new, cpio_portable, end_zip, gzip, packed,
     plain, rpm, tar, zip, zip_lzma,
 };
-use crate::{engine::Engine, item::Findings};
+use crate::{engine::Engine, item::Findings, judge::Judge, lists::Lists};
 
 const RULE: &str = "rule marker { strings: $a = \"needle-47\" condition: $a }";
 
-fn engine() -> Engine {
-    Engine::compile(&[(Sha256::of(RULE.as_bytes()), RULE.to_owned())]).unwrap().0
+fn engine() -> Judge {
+    let engine = Engine::compile(&[(Sha256::of(RULE.as_bytes()), RULE.to_owned())]).unwrap().0;
+    Judge::new(Some(engine), Lists::default())
 }
 
 fn look_within(limits: &ScanLimits, bytes: &[u8]) -> Findings {

@@ -11,6 +11,7 @@ use super::{
     parse::{Line, is_header, read_line},
     write::{Rows, write},
 };
+use crate::Problem;
 
 /// Longest text of a list, in bytes.
 pub const MAX_LIST: u64 = 512 << 20;
@@ -18,6 +19,8 @@ pub const MAX_LIST: u64 = 512 << 20;
 pub const MAX_ENTRIES: usize = 4 << 20;
 /// Junk lines that are named; more are only counted.
 pub const MAX_JUNK: usize = 200;
+/// Junk lines that are remarked upon one by one.
+const MOST_REMARKS: usize = 10;
 /// Most bytes of names, each counted once.
 const MAX_NAMES: usize = 64 << 20;
 /// Longest line that is looked at, in bytes; a longer one is junk.
@@ -59,6 +62,26 @@ pub struct Summary {
     pub junk: Vec<u64>,
     /// How many lines are junk.
     pub junk_lines: u64,
+}
+
+impl Summary {
+    /// The junk lines as remarks: the first ten by their numbers, then how many more there are.
+    pub fn remarks(&self) -> Vec<Problem> {
+        let at = |line: u64, message: String| Problem {
+            line: u32::try_from(line).unwrap_or(u32::MAX),
+            column: 0,
+            message,
+        };
+        let named = self.junk.iter().take(MOST_REMARKS);
+        let mut remarks: Vec<_> =
+            named.map(|line| at(*line, "there is no digest in this line".to_owned())).collect();
+        match self.junk_lines.saturating_sub(u64::try_from(remarks.len()).unwrap_or(u64::MAX)) {
+            0 => {}
+            1 => remarks.push(at(0, "one more line holds no digest".to_owned())),
+            more => remarks.push(at(0, format!("{more} more lines hold no digest"))),
+        }
+        remarks
+    }
 }
 
 /// A list that is being taken in.
@@ -241,6 +264,12 @@ mod tests {
         let many = format!("{}{}", good.repeat(1000), "x\n".repeat(1000));
         let (_, summary) = read(many.as_bytes(), 1000).unwrap();
         assert_eq!((summary.junk.len(), summary.junk_lines), (MAX_JUNK, 1000));
+        let remarks = summary.remarks();
+        assert_eq!(
+            remarks.iter().map(|remark| remark.line).collect::<Vec<_>>(),
+            [1001, 1002, 1003, 1004, 1005, 1006, 1007, 1008, 1009, 1010, 0]
+        );
+        assert_eq!(remarks[10].message, "990 more lines hold no digest");
     }
 
     #[test]

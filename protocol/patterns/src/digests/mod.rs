@@ -155,6 +155,11 @@ pub struct Entry<'a> {
 pub struct Counts([u64; 3]);
 
 impl Counts {
+    /// So many of each.
+    pub const fn new(md5: u64, sha1: u64, sha256: u64) -> Self {
+        Self([md5, sha1, sha256])
+    }
+
     /// Those of one algorithm.
     pub const fn of(&self, algorithm: Algorithm) -> u64 {
         self.0[algorithm.index()]
