@@ -1,19 +1,18 @@
 //! `/v1/patterns`.
 
 use axum::{
-    Extension, Json,
-    body::Bytes,
-    extract::{FromRequest as _, Request, State},
+    Extension, Json, RequestExt as _,
+    extract::{Request, State},
 };
 use tm_api::{
     error::Code,
-    pattern::{ImportQuery, PatternView, Problem},
+    pattern::{Digests, ImportQuery, PatternView, Problem},
 };
-use tm_patterns::InvalidPattern;
+use tm_patterns::{InvalidPattern, digests::Algorithm};
 
 use super::{
     Actor, AppState,
-    error::{Error, is_too_large, quoted},
+    error::{Error, quoted},
     input::{self, Named, Params},
     now_ms, rfc3339,
 };
@@ -33,16 +32,9 @@ pub(crate) async fn import(
 ) -> Result<Json<PatternView>, Error> {
     input::pattern_name(&name)?;
     let turn = patterns::turn().await;
-    let bytes = Bytes::from_request(request, &state).await.map_err(|rejection| {
-        if is_too_large(rejection.status()) {
-            let max = tm_patterns::MAX_SIZE;
-            Error::new(Code::TooLarge, format!("the pattern has more than the {max} bytes that are allowed"))
-        } else {
-            Error::invalid("the pattern did not arrive whole")
-        }
-    })?;
+    let body = request.into_limited_body().into_data_stream();
     let rooms = (&state.store, &state.blobs, &state.worker);
-    let row = patterns::import(turn, rooms, &actor.name, name, bytes.into(), now_ms()).await?;
+    let row = patterns::import(turn, rooms, &actor.name, name, body, now_ms()).await?;
     Ok(Json(view(row)))
 }
 
@@ -78,6 +70,11 @@ fn view(row: PatternRow) -> PatternView {
         kind: row.kind,
         size: row.reference.size,
         rules: row.rules,
+        digests: (row.digests.total() > 0).then(|| Digests {
+            md5: row.digests.of(Algorithm::Md5),
+            sha1: row.digests.of(Algorithm::Sha1),
+            sha256: row.digests.of(Algorithm::Sha256),
+        }),
         imported_by: row.imported_by,
         imported_at: rfc3339(row.imported_ms),
         warnings: row
@@ -111,6 +108,7 @@ impl From<ImportError> for Error {
                     | InvalidPattern::Digest { .. } => refused(message),
                 }
             }
+            ImportError::Incomplete(_) => Self::invalid("the pattern did not arrive whole"),
             ImportError::Refused(problems) => {
                 let problems = problems
                     .into_iter()

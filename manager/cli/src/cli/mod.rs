@@ -180,7 +180,9 @@ pub(crate) enum Pattern {
     /// Import a pattern (YARA rules or a list of digests)
     #[command(long_about = "Import a pattern: YARA rules or a list of digests, told apart by content.\n\n\
         The manager compiles it first; mistakes are shown as FILE:LINE:COL and nothing is imported. A newer \
-        import under the same name is the one that the name means from then on.\n\n\
+        import under the same name is the one that the name means from then on. A list has one digest (MD5, \
+        SHA-1 or SHA-256) a line, alone or with a name, as CSV, as MISP exports it, or as ClamAV writes .hdb and \
+        .hsb; lines without one are named.\n\n\
         Example:\n  tmctl pattern import rules.yar --name fleet-rules")]
     Import {
         /// The file
