@@ -68,16 +68,13 @@ pub fn check(program: &WorkerProgram, pattern: &Pattern) -> Result<Checked, Chec
 /// # Errors
 /// As [`check`], but not [`CheckError::TooSlow`].
 pub fn check_with(program: &WorkerProgram, pattern: &Pattern, force: bool) -> Result<Checked, CheckError> {
-    let setup = Setup {
-        patterns: vec![(pattern.sha256(), pattern.text().to_owned())],
-        limits: ScanLimits::default(),
-        threads: 1,
-        nice: 0,
-    };
+    let setup = Setup { patterns: vec![pattern.clone()], limits: ScanLimits::default(), threads: 1, nice: 0 };
     let mut frame = Frame::new(setup.threads, setup.nice, &setup.limits);
     frame.data_bytes = frame.data_bytes.min(MEMORY);
     let worker = Worker::start_within(program, &setup, frame).map_err(CheckError::Start)?;
-    let checked = compile(&worker).and_then(|checked| match measure(&worker, pattern) {
+    // A look-up costs what it costs, whatever list it is in.
+    let has_costs = pattern.digests().is_none();
+    let measured = |checked: Checked| match measure(&worker, pattern) {
         Ok(measured) => Ok(with_costs(checked, measured)),
         // Only what holds up a scan is passed over; what is known of the rules is said all the same.
         Err(_) if force || too_slow(&checked).next().is_some() => {
@@ -86,7 +83,9 @@ pub fn check_with(program: &WorkerProgram, pattern: &Pattern, force: bool) -> Re
             Ok(checked)
         }
         Err(error) => Err(error),
-    });
+    };
+    let checked =
+        compile(&worker).and_then(|checked| if has_costs { measured(checked) } else { Ok(checked) });
     worker.kill();
     let checked = checked?;
     let slow: Vec<Problem> = too_slow(&checked).cloned().collect();

@@ -133,7 +133,7 @@ impl ScanPool {
         let (results, receiver) = bounded(QUEUE);
         let (started, first) = bounded(1);
         let setup = Setup {
-            patterns: patterns.iter().map(|p| (p.sha256(), p.text().to_owned())).collect(),
+            patterns: patterns.to_vec(),
             limits: options.limits,
             threads: options.threads.max(1),
             nice: options.nice,

@@ -12,7 +12,7 @@ use tm_protocol::{
     report::{Coverage, Detection, PathBytes, SkipReason, Skipped},
     task::ScanLimits,
 };
-use tm_scanner::item::Findings;
+use tm_scanner::item::{Findings, Skip};
 
 use super::{
     Event, Observer,
@@ -200,15 +200,17 @@ fn was_read(findings: &Findings, limits: &ScanLimits) -> bool {
         use SkipReason::{Pseudo, Remote, Special, Unreadable, WorkerDied};
         matches!(reason, Unreadable | WorkerDied | Special | Pseudo | Remote)
     };
-    let lost = findings.skips.iter().any(|skip| skip.member.is_empty() && is_lost(skip.reason));
-    !lost && findings.size <= limits.file_bytes
+    // Of a file that is too large for rules digests may have been computed; that is not all that was asked.
+    let is_too_large = |reason| reason == SkipReason::Limit && findings.size > limits.file_bytes;
+    let lost = |skip: &Skip| skip.member.is_empty() && (is_lost(skip.reason) || is_too_large(skip.reason));
+    !findings.skips.iter().any(lost)
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
 
-    use tm_scanner::item::{Match, Skip};
+    use tm_scanner::item::Match;
 
     use super::*;
     use crate::platform::fs::facts_of;

@@ -1,19 +1,18 @@
 //! `/v1/patterns`.
 
 use axum::{
-    Extension, Json,
-    body::Bytes,
-    extract::{FromRequest as _, Request, State},
+    Extension, Json, RequestExt as _,
+    extract::{Request, State},
 };
 use tm_api::{
     error::Code,
-    pattern::{ImportQuery, PatternView, Problem},
+    pattern::{Digests, ImportQuery, PatternView, Problem},
 };
-use tm_patterns::InvalidPattern;
+use tm_patterns::{InvalidPattern, digests::Algorithm};
 
 use super::{
     Actor, AppState,
-    error::{Error, is_too_large, quoted},
+    error::{Error, quoted},
     input::{self, Named, Params},
     now_ms, rfc3339,
 };
@@ -33,16 +32,9 @@ pub(crate) async fn import(
 ) -> Result<Json<PatternView>, Error> {
     input::pattern_name(&name)?;
     let turn = patterns::turn().await;
-    let bytes = Bytes::from_request(request, &state).await.map_err(|rejection| {
-        if is_too_large(rejection.status()) {
-            let max = tm_patterns::MAX_SIZE;
-            Error::new(Code::TooLarge, format!("the pattern has more than the {max} bytes that are allowed"))
-        } else {
-            Error::invalid("the pattern did not arrive whole")
-        }
-    })?;
+    let body = request.into_limited_body().into_data_stream();
     let rooms = (&state.store, &state.blobs, &state.worker);
-    let row = patterns::import(turn, rooms, &actor.name, name, bytes.into(), force, now_ms()).await?;
+    let row = patterns::import(turn, rooms, &actor.name, name, body, force, now_ms()).await?;
     Ok(Json(view(row)))
 }
 
@@ -78,6 +70,11 @@ fn view(row: PatternRow) -> PatternView {
         kind: row.kind,
         size: row.reference.size,
         rules: row.rules,
+        digests: (row.digests.total() > 0).then(|| Digests {
+            md5: row.digests.of(Algorithm::Md5),
+            sha1: row.digests.of(Algorithm::Sha1),
+            sha256: row.digests.of(Algorithm::Sha256),
+        }),
         imported_by: row.imported_by,
         imported_at: rfc3339(row.imported_ms),
         warnings: row
@@ -102,17 +99,23 @@ impl From<ImportError> for Error {
             ImportError::Invalid(invalid) => {
                 let message = invalid.to_string();
                 match invalid {
-                    InvalidPattern::TooLarge { .. } => Self::new(Code::TooLarge, message),
+                    InvalidPattern::TooLarge { .. } | InvalidPattern::LongList => {
+                        Self::new(Code::TooLarge, message)
+                    }
                     InvalidPattern::NotText { line } => {
                         let line = u32::try_from(line).unwrap_or(u32::MAX);
                         let problem = Problem { line, column: 0, message: "not UTF-8 text".to_owned() };
                         refused(message).problems(vec![problem])
                     }
-                    InvalidPattern::Empty | InvalidPattern::Compiled | InvalidPattern::Digest { .. } => {
-                        refused(message)
-                    }
+                    InvalidPattern::Empty
+                    | InvalidPattern::Compiled
+                    | InvalidPattern::List(_)
+                    | InvalidPattern::Digests(_)
+                    | InvalidPattern::Memory(_)
+                    | InvalidPattern::Digest { .. } => refused(message),
                 }
             }
+            ImportError::Incomplete(_) => Self::invalid("the pattern did not arrive whole"),
             ImportError::Refused(problems) => {
                 refused("the pattern does not compile".to_owned()).problems(places(problems))
             }

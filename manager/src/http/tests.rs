@@ -4,6 +4,7 @@ use axum::body::Body as HttpBody;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
+use tm_patterns::digests::Counts;
 use tm_protocol::{ids::Sha256, task::PatternRef, token::EnrollmentToken};
 use tower::ServiceExt as _;
 use uuid::Uuid;
@@ -80,7 +81,13 @@ impl Lab {
 
     async fn pattern(&self, name: &str) {
         let reference = PatternRef { sha256: Sha256::of(name.as_bytes()), size: 3, name: name.to_owned() };
-        let new = NewPattern { reference, rules: 1, warnings: Vec::new(), forced: false };
+        let new = NewPattern {
+            reference,
+            rules: 1,
+            digests: Counts::default(),
+            warnings: Vec::new(),
+            forced: false,
+        };
         self.state.store.import_pattern(&new, "x", 1).await.unwrap();
     }
 }

@@ -42,8 +42,8 @@ use self::{
     kind::{Found, Kind},
 };
 use crate::{
-    engine::Engine,
     item::{Findings, Match, Skip},
+    judge::Judge,
 };
 
 /// Once a file's findings need more than this (names are the file's own), the rest is one skip.
@@ -59,7 +59,7 @@ const APPENDED: &[u8] = b"appended";
 
 /// One file's tree of containers while it is walked.
 pub(crate) struct Walk<'a> {
-    engine: &'a mut Engine,
+    engine: &'a mut Judge,
     budget: Budget<'a>,
     /// Names from the outermost container to the one that is walked.
     within: Vec<PathBytes>,
@@ -78,7 +78,7 @@ struct Taken {
 }
 
 /// Judges `bytes` and everything in them.
-pub(crate) fn look(engine: &mut Engine, limits: &ScanLimits, bytes: &[u8]) -> Findings {
+pub(crate) fn look(engine: &mut Judge, limits: &ScanLimits, bytes: &[u8]) -> Findings {
     let mut walk = Walk {
         engine,
         budget: Budget::new(limits, len(bytes), Instant::now()),
@@ -91,6 +91,12 @@ pub(crate) fn look(engine: &mut Engine, limits: &ScanLimits, bytes: &[u8]) -> Fi
     };
     walk.judge(bytes);
     walk.findings
+}
+
+/// Whether a file that begins with `head` and ends with `tail` may be a container, or carry one: what a file that is
+/// not looked into could hold. `tail` should have the last 64 KiB and some.
+pub(crate) fn may_hold(head: &[u8], tail: &[u8]) -> bool {
+    kind::may_be(head, tail)
 }
 
 impl Walk<'_> {

@@ -11,12 +11,13 @@ use std::{collections::BTreeSet, time::Duration};
 use tm_protocol::{ids::Sha256, report::SkipReason, task::ScanLimits};
 
 use self::samples::{BZIP2, DEFLATE, Entry, XZ, ZSTD, ar, cpio_new, end_zip, gzip, packed, plain, tar, zip};
-use crate::{engine::Engine, item::Findings};
+use crate::{engine::Engine, item::Findings, judge::Judge, lists::Lists};
 
 const RULE: &str = "rule marker { strings: $a = \"needle-47\" condition: $a }";
 
-fn engine() -> Engine {
-    Engine::compile(&[(Sha256::of(RULE.as_bytes()), RULE.to_owned())]).unwrap().0
+fn engine() -> Judge {
+    let engine = Engine::compile(&[(Sha256::of(RULE.as_bytes()), RULE.to_owned())]).unwrap().0;
+    Judge::new(Some(engine), Lists::default())
 }
 
 fn look_within(limits: &ScanLimits, bytes: &[u8]) -> Findings {

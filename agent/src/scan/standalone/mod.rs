@@ -13,14 +13,14 @@ mod units;
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, IsTerminal as _, Read as _, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
-use tm_patterns::{InvalidPattern, Pattern};
+use tm_patterns::{Imported, InvalidPattern, Pattern, ReadError};
 use tm_protocol::{
     ids::Sha256,
     report::{PathBytes, Verdict},
@@ -221,7 +221,14 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         complain("--standalone needs --pattern FILE");
         return ExitCode::from(EXIT_USAGE);
     }
-    let patterns = args.what.patterns.iter().map(|file| read_pattern(file)).collect::<Result<Vec<_>, _>>();
+    let patterns = args.what.patterns.iter().map(|file| {
+        let Imported { pattern, list } = read_pattern(file)?;
+        for remark in list.map(|summary| summary.remarks()).unwrap_or_default() {
+            complain_as("warning", &format!("{}:{}", pattern.name(), problem_line(&remark)));
+        }
+        Ok(pattern)
+    });
+    let patterns = patterns.collect::<Result<Vec<_>, PatternError>>();
     exit_code(match patterns {
         Ok(patterns) => {
             let names =
@@ -337,8 +344,15 @@ pub(crate) fn check(args: &CheckArgs) -> ExitCode {
 }
 
 fn check_lines(file: &Path, force: bool) -> (Vec<String>, ExitCode) {
-    let pattern = match read_pattern(file) {
-        Ok(pattern) => pattern,
+    let imported = read_pattern(file).and_then(|imported| {
+        // What was compiled elsewhere is not believed.
+        let checked = if imported.list.is_none() { imported.pattern.check_digests() } else { Ok(()) };
+        checked.map_err(|error| PatternError::Invalid(bytes(file), error)).map(|()| imported)
+    });
+    let (pattern, remarks) = match imported {
+        Ok(Imported { pattern, list }) => {
+            (pattern, list.map(|summary| summary.remarks()).unwrap_or_default())
+        }
         Err(error) => {
             complain(&chain(&error));
             return (vec![], ExitCode::FAILURE);
@@ -347,11 +361,15 @@ fn check_lines(file: &Path, force: bool) -> (Vec<String>, ExitCode) {
     let name = pattern.name();
     match try_pattern(&WorkerProgram::this(), &pattern, force) {
         Ok(checked) => {
-            let warnings = checked
-                .warnings
+            let warnings = remarks
                 .iter()
+                .chain(&checked.warnings)
                 .map(|problem| format!("{name}:{}", warning_line(&problem_line(problem))));
             let count = match checked.rules {
+                _ if pattern.digests().is_some() => {
+                    let counts = pattern.digests().map(|list| list.counts()).unwrap_or_default();
+                    format!("{name}: digest list, {counts}")
+                }
                 1 => format!("{name}: 1 rule"),
                 rules => format!("{name}: {rules} rules"),
             };
@@ -381,21 +399,19 @@ fn warning_line(problem: &str) -> String {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum ReadError {
+enum PatternError {
     #[error("cannot read pattern `{0}`")]
     Read(PathBytes, #[source] io::Error),
     #[error("cannot use pattern `{0}`")]
     Invalid(PathBytes, #[source] InvalidPattern),
 }
 
-fn read_pattern(path: &Path) -> Result<Pattern, ReadError> {
-    // One byte more than allowed is enough to see that it is too large.
-    let most = u64::try_from(tm_patterns::MAX_SIZE).unwrap_or(u64::MAX).saturating_add(1);
-    let mut content = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(most).read_to_end(&mut content))
-        .map_err(|source| ReadError::Read(bytes(path), source))?;
-    Pattern::new(bytes(path).to_string(), content).map_err(|source| ReadError::Invalid(bytes(path), source))
+fn read_pattern(path: &Path) -> Result<Imported, PatternError> {
+    let file = File::open(path).map_err(|source| PatternError::Read(bytes(path), source))?;
+    Pattern::read(bytes(path).to_string(), file).map_err(|error| match error {
+        ReadError::Read(source) => PatternError::Read(bytes(path), source),
+        ReadError::Invalid(source) => PatternError::Invalid(bytes(path), source),
+    })
 }
 
 /// The path's exact bytes.

@@ -182,7 +182,8 @@ pub(crate) enum Pattern {
         The manager compiles it first; mistakes are shown as FILE:LINE:COL and nothing is imported. A newer \
         import under the same name is the one that the name means from then on. Rules that cost much more than \
         others are named with the reason, and a pattern with one that can hold up a scan is refused unless \
-        --force is given.\n\n\
+        --force is given. A list has one digest (MD5, SHA-1 or SHA-256) a line, alone or with a name, as CSV, as \
+        MISP exports it, or as ClamAV writes .hdb and .hsb; lines without one are named.\n\n\
         Example:\n  tmctl pattern import rules.yar --name fleet-rules")]
     Import {
         /// The file

@@ -3,6 +3,7 @@
 use std::{fs::File, io::Read as _, path::PathBuf};
 
 use tm_api::pattern::{ImportQuery, PatternView};
+use tm_patterns::{MAX_IMPORT, digests::Counts};
 
 use crate::{
     cli::Pattern,
@@ -11,15 +12,21 @@ use crate::{
     output::{Column, Format, Output, say},
 };
 
-const COLUMNS: [Column<PatternView>; 7] = [
+const COLUMNS: [Column<PatternView>; 8] = [
     Column::narrow("name", |p| p.name.clone()),
     Column::narrow("kind", |p| p.kind.clone()),
     Column::narrow("rules", |p| p.rules.to_string()),
+    Column::narrow("digests", digests),
     Column::narrow("size", |p| p.size.to_string()),
     Column::narrow("imported_by", |p| p.imported_by.clone()),
     Column::time("imported_at", |p| p.imported_at.clone()),
     Column::narrow("sha256", |p| p.sha256.clone()),
 ];
+
+fn digests(pattern: &PatternView) -> String {
+    let counts = pattern.digests.map(|digests| Counts::new(digests.md5, digests.sha1, digests.sha256));
+    counts.map_or("-".to_owned(), |counts| counts.to_string())
+}
 
 pub(crate) async fn run(command: Pattern, client: &Client, out: &Output) -> Result<Exit, Failure> {
     match command {
@@ -73,11 +80,10 @@ async fn import(
 /// Reads no more than a pattern may have, so that a device or a wrong file does not fill the memory.
 fn read(path: &PathBuf) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
-    let most = u64::try_from(tm_patterns::MAX_SIZE).unwrap_or(u64::MAX);
     File::open(path)
-        .and_then(|file| file.take(most.saturating_add(1)).read_to_end(&mut bytes))
+        .and_then(|file| file.take(MAX_IMPORT.saturating_add(1)).read_to_end(&mut bytes))
         .map_err(|source| Failure::File { verb: "read", path: path.clone(), source })?;
-    if bytes.len() > tm_patterns::MAX_SIZE {
+    if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_IMPORT) {
         return Err(Failure::PatternTooLarge { path: path.clone() });
     }
     Ok(bytes)

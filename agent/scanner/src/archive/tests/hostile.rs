@@ -11,7 +11,7 @@ use super::{
     samples::{self, Entry, end_zip, gzip, plain, zip},
     says,
 };
-use crate::{archive::kind, engine::Engine, item::Findings};
+use crate::{archive::kind, item::Findings, judge::Judge};
 
 /// A gzip file that holds itself (after R. Cox, "Zip Files All The Way Down").
 const GZIP_QUINE: &str = concat!(
@@ -37,7 +37,7 @@ const LONGEST: Duration = Duration::from_secs(20);
 /// Changed archives of each format.
 const CHANGES: u64 = 400;
 
-fn looked(engine: &mut Engine, bytes: &[u8]) -> Findings {
+fn looked(engine: &mut Judge, bytes: &[u8]) -> Findings {
     let begun = cpu();
     let found = super::super::look(engine, &ScanLimits::default(), bytes);
     assert!(cpu() - begun < LONGEST, "{:?}", cpu() - begun);
