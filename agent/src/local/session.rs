@@ -167,7 +167,7 @@ impl<'a> Session<'a> {
                 Err(StartError::Refused { name, .. }) => {
                     let Some(at) = patterns.iter().position(|pattern| pattern.name() == name) else { break };
                     let pattern = patterns.swap_remove(at);
-                    tracing::warn!(sha256 = %pattern.sha256(), "A pattern that is held does not load; users' scans go without it.");
+                    tracing::debug!(sha256 = %pattern.sha256(), "A pattern that is held does not load; users' scans go without it.");
                     left_out += 1;
                 }
                 Err(error @ (StartError::Load(_) | StartError::Start(_))) => {

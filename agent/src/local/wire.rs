@@ -274,9 +274,13 @@ mod tests {
         let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
         let (one, two) = pair.unwrap();
         for socket in [&one, &two] {
-            set_socket_timeout(socket, Timeout::Recv, Some(Duration::from_millis(200))).unwrap();
+            wait_at_most(socket, Duration::from_secs(60));
         }
         (one, two)
+    }
+
+    fn wait_at_most(socket: &OwnedFd, wait: Duration) {
+        set_socket_timeout(socket, Timeout::Recv, Some(wait)).unwrap();
     }
 
     #[test]
@@ -294,6 +298,7 @@ mod tests {
         assert!(
             matches!(receive_ask(&agent).unwrap(), Received::Message((Ask::Finish, files)) if files.is_empty())
         );
+        wait_at_most(&agent, Duration::from_millis(50));
         assert!(matches!(receive_ask(&agent).unwrap(), Received::Silence));
         drop(client);
         assert!(matches!(receive_ask(&agent).unwrap(), Received::Closed));
@@ -312,8 +317,18 @@ mod tests {
                 Received::Message(got) => assert_eq!(got, long),
                 other @ (Received::Silence | Received::Closed) => panic!("{other:?}"),
             }
+            wait_at_most(&client, Duration::from_millis(50));
             assert!(matches!(parts.receive(&client).unwrap(), Received::Silence));
         });
+        // The silence may fall between two parts.
+        let mut parts = Parts::default();
+        send(&agent, &[1, 3], SendFlags::empty()).unwrap();
+        assert!(matches!(parts.receive(&client).unwrap(), Received::Silence));
+        send(&agent, &[0, 5, 0], SendFlags::empty()).unwrap();
+        assert!(matches!(
+            parts.receive(&client).unwrap(),
+            Received::Message(Answer::End { cpu_ms: 5, lethal: None })
+        ));
         // What was said before the end is heard, also by one whose own words were not read any more.
         ask(&client, &Ask::Alive, &[], SendFlags::empty()).unwrap();
         answer(&agent, &Answer::End { cpu_ms: 1, lethal: None }, SendFlags::empty()).unwrap();
