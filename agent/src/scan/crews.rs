@@ -63,6 +63,11 @@ impl<'a> Crews<'a> {
         Self { all, rest, program, options, hire, pools, failure, ending: AtomicBool::new(false) }
     }
 
+    /// Whether there are patterns that most known files have yet to meet.
+    pub(super) fn has_rest(&self) -> bool {
+        !self.rest.is_empty()
+    }
+
     /// Starts the worker for `with` unless it runs, and has its results taken by `take` in a thread of its own.
     /// To be called from one thread only.
     ///

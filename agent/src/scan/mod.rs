@@ -416,7 +416,8 @@ fn walk_and_take<'scope, 'env, 'books>(
         }
     };
     if !may_wait {
-        start(With::All);
+        // The others have found files clean before; where those are still what they were, nothing else is needed.
+        start(if crews.has_rest() { With::Rest } else { With::All });
     }
     let stopped = || cancel.load(Ordering::Relaxed) || crews.is_given_up();
     let options = order.walk();

@@ -85,7 +85,7 @@ pub(crate) fn hold(what: &Hold) -> anyhow::Result<()> {
     let mut numbers = Numbers::new(11);
     let mut text = String::with_capacity(TEXT + 64);
     while text.len() < TEXT {
-        text.push_str(&numbers.word());
+        text.push_str(numbers.plain_word());
         text.push(' ');
     }
     let size = usize::try_from(u64::from(what.mib) << 20).context("too much for this machine")?;

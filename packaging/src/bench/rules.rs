@@ -81,6 +81,50 @@ const SYLLABLES: [&str; 24] = [
     "wy", "dra", "fi", "jun", "cor", "ash", "ul", "me",
 ];
 
+/// Words of texts to scan: none is made of the syllables above, so that rules are as rarely right as elsewhere.
+const PLAIN: [&str; 40] = [
+    "the",
+    "of",
+    "and",
+    "which",
+    "between",
+    "system",
+    "value",
+    "returns",
+    "number",
+    "file",
+    "when",
+    "other",
+    "should",
+    "first",
+    "buffer",
+    "length",
+    "because",
+    "option",
+    "default",
+    "is",
+    "not",
+    "however",
+    "people",
+    "through",
+    "under",
+    "time",
+    "where",
+    "point",
+    "would",
+    "different",
+    "it",
+    "if",
+    "else",
+    "size",
+    "string",
+    "world",
+    "every",
+    "process",
+    "again",
+    "change",
+];
+
 /// A generator of numbers that are the same for the same seed (Marsaglia, "Xorshift RNGs", 2003).
 pub(super) struct Numbers(u64);
 
@@ -107,8 +151,12 @@ impl Numbers {
         usize::try_from(self.below(len)).ok().and_then(|at| words.get(at)).copied().unwrap_or_default()
     }
 
-    /// A made-up word.
-    pub(super) fn word(&mut self) -> String {
+    /// A word as in texts that no rule is about.
+    pub(super) fn plain_word(&mut self) -> &'static str {
+        self.of(&PLAIN)
+    }
+
+    fn word(&mut self) -> String {
         let mut word = String::new();
         for _ in 0..self.below(4) + 3 {
             word.push_str(self.of(&SYLLABLES));

@@ -230,7 +230,7 @@ fn make_small(folder: &Path, count: u32) -> anyhow::Result<PathBuf> {
         let size = usize::try_from(SMALL.0 + numbers.below(SMALL.1 - SMALL.0)).unwrap_or(0);
         let mut text = String::with_capacity(size + 16);
         while text.len() < size {
-            text.push_str(&numbers.word());
+            text.push_str(numbers.plain_word());
             text.push(if numbers.below(9) == 0 { '\n' } else { ' ' });
         }
         let file = sub.join(format!("{number}.txt"));

@@ -32,6 +32,11 @@ struct Needle {
 struct Entry {
     window: u32,
     needle: u32,
+    /// Another window of the needle: most data that has the first does not have this one, and nothing else of the
+    /// needle needs to be fetched to see it.
+    other: u32,
+    /// Where the other starts, counted from the first.
+    other_at: isize,
 }
 
 /// All needles of a set of rules.
@@ -94,14 +99,8 @@ impl Filter {
         let needles: Vec<Needle> = wanted
             .map(|(literal, tells)| Needle { offset: best_window(&literal.bytes).0, literal, tells })
             .collect();
-        let mut entries: Vec<Entry> = needles
-            .iter()
-            .zip(0u32..)
-            .filter_map(|(needle, at)| {
-                let window = needle.literal.bytes.get(needle.offset..)?.first_chunk::<SHORTEST>()?;
-                Some(Entry { window: u32::from_le_bytes(*window) | FOLD, needle: at })
-            })
-            .collect();
+        let mut entries: Vec<Entry> =
+            needles.iter().zip(0u32..).filter_map(|(needle, at)| entry(needle, at)).collect();
         // About one slot an entry, and 64 bits of the map.
         let slot_bits = bits(entries.len(), 1).clamp(4, 20);
         let map_bits = bits(entries.len(), 64).clamp(12, 23);
@@ -178,7 +177,11 @@ impl Filter {
             return Next::Go;
         };
         for entry in self.entries.get(*from as usize..*to as usize).unwrap_or_default() {
-            if entry.window != window || met.has(entry.needle) {
+            if entry.window != window {
+                continue;
+            }
+            let other = at.checked_add_signed(entry.other_at).and_then(|at| window_at(data, at));
+            if other != Some(entry.other) || met.has(entry.needle) {
                 continue;
             }
             let Some(needle) = self.needles.get(entry.needle as usize) else { continue };
@@ -196,6 +199,21 @@ impl Filter {
         }
         Next::Go
     }
+}
+
+/// The entry of a needle: its rarest window, and the one that shares least with it.
+fn entry(needle: &Needle, number: u32) -> Option<Entry> {
+    let (bytes, at) = (needle.literal.bytes.as_slice(), needle.offset);
+    let last = bytes.len().checked_sub(SHORTEST)?;
+    let other = if at > last - at { 0 } else { last };
+    let other_at = isize::try_from(other).ok()? - isize::try_from(at).ok()?;
+    let (window, other) = (window_at(bytes, at)?, window_at(bytes, other)?);
+    Some(Entry { window, needle: number, other, other_at })
+}
+
+/// The four bytes at `at`, case dropped.
+fn window_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk::<SHORTEST>().map(|window| u32::from_le_bytes(*window) | FOLD)
 }
 
 fn hash(window: u32) -> u32 {

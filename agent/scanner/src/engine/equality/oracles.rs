@@ -87,7 +87,9 @@ fn hits_are_those_of_other_engines() {
     let mut differ: BTreeMap<String, BTreeSet<(u64, String)>> = BTreeMap::new();
     for seed in 7000..if long { 7400 } else { 7060 } {
         let dice = &mut Dice::new(seed);
-        let set = generate::rule_set(dice, 30, false, seed % 3 == 0, seed % 2 == 0);
+        let mut set = generate::rule_set(dice, 30, false, seed % 3 == 0, seed % 2 == 0);
+        // yara-x takes no escapes in an alphabet.
+        set.text = set.text.replace("GHIJ\\x09LMN", "GHIJKLMN");
         let texts = named(&[&set.text]);
         let (mut engine, _, _) = Engine::compile_for(&texts, 0).unwrap();
         sieved += usize::from(engine.sieve.is_some());
