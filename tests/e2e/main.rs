@@ -4,6 +4,7 @@
 
 mod cleanup;
 mod coverage;
+mod digests;
 mod enroll;
 mod hostile;
 mod known;
