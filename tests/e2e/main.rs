@@ -5,6 +5,7 @@
 mod cleanup;
 mod cost;
 mod coverage;
+mod digests;
 mod enroll;
 mod hostile;
 mod known;

@@ -77,8 +77,8 @@ impl Summary {
             named.map(|line| at(*line, "there is no digest in this line".to_owned())).collect();
         match self.junk_lines.saturating_sub(u64::try_from(remarks.len()).unwrap_or(u64::MAX)) {
             0 => {}
-            1 => remarks.push(at(0, "one more line holds no digest".to_owned())),
-            more => remarks.push(at(0, format!("{more} more lines hold no digest"))),
+            1 => remarks.push(at(0, "there is none in one more line".to_owned())),
+            more => remarks.push(at(0, format!("there is none in {more} more lines"))),
         }
         remarks
     }
@@ -269,7 +269,7 @@ mod tests {
             remarks.iter().map(|remark| remark.line).collect::<Vec<_>>(),
             [1001, 1002, 1003, 1004, 1005, 1006, 1007, 1008, 1009, 1010, 0]
         );
-        assert_eq!(remarks[10].message, "990 more lines hold no digest");
+        assert_eq!(remarks[10].message, "there is none in 990 more lines");
     }
 
     #[test]

@@ -90,11 +90,12 @@ fn csv(line: &str) -> Option<Entry<'_>> {
     Some(Entry { digest, size: None, name })
 }
 
-/// What MISP calls the kind of a value and the flags beside it; no name.
+/// What MISP calls the kind of a value, its numbers and the flags beside it; no name.
 fn is_kind(column: &str) -> bool {
     let kinds = ["md5", "sha1", "sha256", "payload delivery", "artifacts dropped", "payload installation"];
     kinds.iter().any(|kind| column.eq_ignore_ascii_case(kind))
         || column.bytes().all(|b| b.is_ascii_digit() || b == b'-')
+        || column.len() == 36 && column.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
 }
 
 /// Columns, quoted or not; a quoted one may hold commas. Quotes that do not close reach to the end.
@@ -135,6 +136,8 @@ mod tests {
             (format!("\"Evil, the tool\",{sha256}"), None, "Evil, the tool"),
             (format!("{sha1},dropper"), None, "dropper"),
             (format!("u,7,Payload delivery,filename|sha256,\"a.exe|{sha256}\""), None, "a.exe"),
+            (format!("5e6a2f10-7c1c-4f2a-9d5e-4a3c950d2101,7,Payload delivery,md5,{md5},,1"), None, ""),
+            (format!("5e6a2f10-7c1c-4f2a-9d5e-4a3c950d2101,7,md5,{md5},seen in May,1"), None, "seen in May"),
             (format!("{md5}:1234:Win.Evil-1"), Some(1234), "Win.Evil-1"),
             (format!("{sha256}:*:Win.Evil-2:73"), None, "Win.Evil-2"),
         ] {
