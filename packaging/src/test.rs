@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use crate::programs;
 
 /// A program that tests need, the package it comes in, and what cannot run without it.
-const NEEDED: [(&str, &str, &str); 7] = [
+const NEEDED: [(&str, &str, &str); 14] = [
     ("strace", "strace", "tests that watch or fail single system calls"),
     ("nft", "nftables", "tests of network rules"),
     ("faketime", "faketime", "tests with a wrong clock"),
@@ -20,6 +20,13 @@ const NEEDED: [(&str, &str, &str); 7] = [
     ("ip", "iproute2", "tests in network namespaces"),
     ("yara", "yara", "the test that compares hits with those of yara"),
     ("sqlite3", "sqlite3", "the test that tampers with the audit log"),
+    ("7z", "p7zip-full", "tests of archives that 7-Zip makes"),
+    ("gcab", "gcab", "tests of cabinets that gcab makes"),
+    ("zip", "zip", "tests of archives that zip makes"),
+    ("cpio", "cpio", "tests of archives that cpio makes"),
+    ("ar", "binutils", "tests of archives that ar makes"),
+    ("lzip", "lzip", "tests of files that lzip makes"),
+    ("zstd", "zstd", "tests of files that zstd makes"),
 ];
 
 /// Runs everything; the code is the test runner's.
