@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use crate::programs;
 
 /// A program that tests need, the package it comes in, and what cannot run without it.
-const NEEDED: [(&str, &str, &str); 8] = [
+const NEEDED: [(&str, &str, &str); 15] = [
     ("strace", "strace", "tests that watch or fail single system calls"),
     ("nft", "nftables", "tests of network rules"),
     ("faketime", "faketime", "tests with a wrong clock"),
@@ -22,6 +22,13 @@ const NEEDED: [(&str, &str, &str); 8] = [
     ("yara", "yara", "the test that compares hits with those of yara"),
     ("sqlite3", "sqlite3", "the test that tampers with the audit log"),
     ("python3", "python3-venv", "the test that compares hits with those of other engines"),
+    ("7z", "p7zip-full", "tests of archives that 7-Zip makes"),
+    ("gcab", "gcab", "tests of cabinets that gcab makes"),
+    ("zip", "zip", "tests of archives that zip makes"),
+    ("cpio", "cpio", "tests of archives that cpio makes"),
+    ("ar", "binutils", "tests of archives that ar makes"),
+    ("lzip", "lzip", "tests of files that lzip makes"),
+    ("zstd", "zstd", "tests of files that zstd makes"),
 ];
 
 /// Other YARA engines that hits are compared with, as packages of Python.
