@@ -2,16 +2,19 @@
 //!
 //! Every test has a control: it shows first that what it will find missing would have been seen.
 
+mod churn;
 mod cleanup;
 mod coverage;
 mod enroll;
 mod hostile;
+mod hostile_rules;
 mod known;
 mod link;
 mod memory;
 mod names;
 mod quick;
 mod roles;
+mod rules;
 mod sandbox;
 mod scan;
 mod session;
