@@ -3,12 +3,14 @@
 //! Every test has a control: it shows first that what it will find missing would have been seen.
 
 mod archives;
+mod churn;
 mod cleanup;
 mod cost;
 mod coverage;
 mod digests;
 mod enroll;
 mod hostile;
+mod hostile_rules;
 mod known;
 mod link;
 mod local;
@@ -17,6 +19,7 @@ mod names;
 mod progress;
 mod quick;
 mod roles;
+mod rules;
 mod sandbox;
 mod scan;
 mod session;

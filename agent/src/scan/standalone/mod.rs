@@ -334,7 +334,9 @@ pub(crate) fn scan_with(
 pub(crate) fn check(args: &CheckArgs) -> ExitCode {
     let (lines, code) = check_lines(&args.file, args.force);
     let mut out = io::stdout().lock();
-    match lines.iter().try_for_each(|line| writeln!(out, "{line}")).and_then(|()| out.flush()) {
+    // Rules and what the compiler quotes of them are whatever somebody wrote.
+    let lines = lines.iter().map(|line| tm_protocol::text::escape_for_display(line));
+    match lines.map(|line| writeln!(out, "{line}")).collect::<io::Result<()>>().and_then(|()| out.flush()) {
         Ok(()) => code,
         Err(error) => {
             complain(&format!("cannot write the results: {error}"));
