@@ -28,6 +28,25 @@ pub(super) struct Rein {
     searched: Option<Instant>,
 }
 
+/// A mark that nobody else has.
+pub(super) fn mark() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// What to start as a worker that bears it.
+pub(super) fn program(mark: &str) -> WorkerProgram {
+    let mut program = WorkerProgram::this();
+    program.args.extend(["--mark".to_owned(), mark.to_owned()]);
+    program
+}
+
+/// CPU time so far of the workers that bear it and live.
+pub(super) fn cpu_of(mark: &str) -> Duration {
+    let mut rein = Rein::new(mark);
+    rein.search();
+    rein.cpu()
+}
+
 /// A worker.
 #[derive(Debug)]
 struct Held {
@@ -39,16 +58,9 @@ struct Held {
 }
 
 impl Rein {
-    /// The rein of workers that are yet to be started by [`Rein::program`].
-    pub(super) fn new() -> Self {
-        Self { mark: format!("{:032x}", rand::random::<u128>()), workers: Vec::new(), searched: None }
-    }
-
-    /// What to start as a worker.
-    pub(super) fn program(&self) -> WorkerProgram {
-        let mut program = WorkerProgram::this();
-        program.args.extend(["--mark".to_owned(), self.mark.clone()]);
-        program
+    /// The rein of workers that bear this mark, or will.
+    pub(super) fn new(mark: &str) -> Self {
+        Self { mark: mark.to_owned(), workers: Vec::new(), searched: None }
     }
 
     /// CPU time of the workers that were ever stopped, as far as it was seen.
@@ -185,7 +197,7 @@ mod tests {
 
     #[test]
     fn the_marked_child_is_stopped_and_goes_on_and_no_other_is() {
-        let mut rein = Rein::new();
+        let mut rein = Rein::new(&mark());
         let (marked, other) = (Burner::start(&rein.mark), Burner::start("other"));
         let stopped_cpu = {
             rein.stop();
@@ -198,7 +210,7 @@ mod tests {
         assert_eq!(marked.cpu(), stopped_cpu, "it stands still");
         rein.go();
         marked.wait("it to go on", |marked| marked.cpu() > stopped_cpu + Duration::from_millis(50));
-        assert!(rein.cpu() > stopped_cpu);
+        assert!(rein.cpu() > stopped_cpu && cpu_of(&rein.mark) > stopped_cpu);
         rein.stop();
         marked.wait("the stop", Burner::is_stopped);
         drop(rein);
@@ -207,7 +219,7 @@ mod tests {
 
     #[test]
     fn one_that_follows_another_is_found() {
-        let mut rein = Rein::new();
+        let mut rein = Rein::new(&mark());
         rein.stop();
         let first = Burner::start(&rein.mark);
         std::thread::sleep(SEARCH_EVERY);

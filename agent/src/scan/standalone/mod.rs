@@ -31,10 +31,17 @@ use self::{
     report::{Format, Report},
     units::{parse_duration_ms, parse_percent, parse_size},
 };
-use crate::scan::{Error, Order, all_cores, chain, missing_line, problem_line, run_with, seen::check_place};
+use crate::scan::{
+    Error, Order, all_cores, chain, missing_line,
+    past::{self, Past},
+    problem_line, quote, run_with,
+    seen::check_place,
+};
 
 /// Incomplete, or an error stood in the way.
 const EXIT_INCOMPLETE: u8 = 2;
+/// Where the agent of this machine keeps what its scans have cost.
+const AGENT_COSTS: &str = "/var/lib/tm-agent/costs";
 /// The call makes no sense.
 pub(crate) const EXIT_USAGE: u8 = 64;
 
@@ -77,8 +84,15 @@ pub(crate) struct Args {
     #[arg(long)]
     processes: bool,
     /// Remember in FILE which files are clean, and do not read them again until they or the patterns change
+    ///
+    /// What scans cost is remembered beside it, in FILE-costs, for --dry-run.
     #[arg(long, value_name = "FILE")]
     cache: Option<PathBuf>,
+    /// Read nothing; say what the scan would look at and what that is likely to cost
+    ///
+    /// The cost is estimated from the scans that --cache remembers, or else from those of the agent of this machine.
+    #[arg(long)]
+    dry_run: bool,
     /// Read everything again, also what the cache knows clean
     #[arg(long, requires = "cache")]
     fresh: bool,
@@ -154,9 +168,9 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         return ExitCode::from(EXIT_INCOMPLETE);
     }
     match scan(args) {
-        Ok(Verdict::Clean) => ExitCode::SUCCESS,
-        Ok(Verdict::Detected) => ExitCode::from(1),
-        Ok(Verdict::Incomplete) => ExitCode::from(EXIT_INCOMPLETE),
+        Ok(Some(Verdict::Clean) | None) => ExitCode::SUCCESS,
+        Ok(Some(Verdict::Detected)) => ExitCode::from(1),
+        Ok(Some(Verdict::Incomplete)) => ExitCode::from(EXIT_INCOMPLETE),
         Err(lines) => {
             lines.iter().for_each(|line| complain(line));
             ExitCode::from(EXIT_INCOMPLETE)
@@ -173,13 +187,13 @@ impl Args {
             full: self.full,
             processes: self.processes,
             fresh: self.fresh,
-            dry_run: false,
+            dry_run: self.dry_run,
         }
     }
 }
 
-/// The scan; on error, the lines to complain with.
-fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
+/// The scan; on error, the lines to complain with. A quote has no verdict.
+fn scan(args: &Args) -> Result<Option<Verdict>, Vec<String>> {
     let patterns = args
         .what
         .patterns
@@ -195,6 +209,7 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     if let Some(cache) = &args.cache {
         check_place(cache).map_err(|error| vec![format!("cannot keep `{}`: {error}", bytes(cache))])?;
         order.seen = Some(cache.clone());
+        order.past = Some(past::beside(cache));
     }
     // Somebody sits and waits for it.
     order.nice = 0;
@@ -208,17 +223,29 @@ fn scan(args: &Args) -> Result<Verdict, Vec<String>> {
     let cancel = AtomicBool::new(false);
     let progress = io::stderr().is_terminal().then(io::stderr);
     let mut report = Report::new(io::BufWriter::new(io::stdout()), progress, args.output, names, &cancel);
-    let coverage =
-        run_with(&order, &mut |event| report.event(&event), &cancel).map_err(|error| match error {
-            Error::Start(StartError::Refused { name, problems }) if !problems.is_empty() => {
-                problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect()
+    let past = Past::read(order.past.as_deref().unwrap_or(Path::new(AGENT_COSTS)));
+    let done = run_with(&order, &mut |event| report.event(&event), &cancel).map_err(|error| match error {
+        Error::Start(StartError::Refused { name, problems }) if !problems.is_empty() => {
+            problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect()
+        }
+        Error::Start(_) | Error::Path(_) | Error::Lethal(_) | Error::Pool => vec![chain(&error)],
+    });
+    match done {
+        Ok(done) if args.dry_run => {
+            let quote = quote::of(&order, &done, &past);
+            if let Some(path) = &order.past {
+                Past::add_quote(path, quote::quoted_of(&order, &quote))
+                    .map_err(|error| vec![format!("cannot remember the quote: {error}")])?;
             }
-            Error::Start(_) | Error::Path(_) | Error::Lethal(_) | Error::Pool => vec![chain(&error)],
-        });
-    match coverage {
-        Ok(coverage) => {
-            report.finish(&coverage).map_err(|error| vec![format!("cannot write the results: {error}")])?;
-            Ok(coverage.verdict())
+            report.quote(&quote).map_err(|error| vec![format!("cannot write the results: {error}")])?;
+            Ok(None)
+        }
+        Ok(done) => {
+            let quoted = past.quoted(quote::name(&order));
+            report
+                .finish(&done.coverage, quoted)
+                .map_err(|error| vec![format!("cannot write the results: {error}")])?;
+            Ok(Some(done.coverage.verdict()))
         }
         Err(lines) => {
             // What was found before the error is still worth its lines.
