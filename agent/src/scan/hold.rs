@@ -7,7 +7,8 @@
 //! The time that one file may take is wall time, in the worker as in the pool that watches it. It is stretched by as
 //! much as the file can be held, so that a held scan skips nothing that another one would look at.
 //!
-//! **Invariant:** a worker is stopped only while it has a file in hand: it loads its patterns, and ends, unheld.
+//! **Invariant:** a worker is stopped only while a file is in hand: the first one loads its patterns, and the last one
+//! ends, unheld.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -99,6 +100,11 @@ impl Hold {
             state.rein.go();
         }
         LOOK
+    }
+
+    /// A worker was started and has loaded its patterns.
+    pub(super) fn take_up(&self) {
+        self.lock().rein.take_up();
     }
 
     /// Lets the worker go on for good.

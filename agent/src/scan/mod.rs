@@ -316,7 +316,7 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
             if hold.is_some()
                 && let Err(error) = platform::idle::wait_for_others()
             {
-                tracing::warn!(%error, "A scan in the background cannot be made to wait for others.");
+                (order.remark)(&format!("the scan does not wait for others' reads: {error}"));
             }
             let held = hold.as_ref();
             let seen = (seen.as_ref(), may_wait);
@@ -434,6 +434,9 @@ fn walk_and_take<'scope, 'env, 'books>(
         let before = if takers.is_empty() { Duration::ZERO } else { rein::cpu_of(mark) };
         match crews.start(with, scope, take) {
             Ok(Some(taker)) => {
+                if let Some(hold) = hold {
+                    hold.take_up();
+                }
                 load.set(load.get() + rein::cpu_of(mark).saturating_sub(before));
                 takers.push(taker);
                 (order.sandboxed)(crews.sandbox());

@@ -16,6 +16,7 @@ use std::{
     io::{self, Read as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,9 @@ const KNOWN_S: f64 = 8e-6;
 /// How much the measured relation between files and bytes weighs beside one run.
 const PRIOR_WEIGHT: f64 = 0.01;
 const MIB: f64 = 1_048_576.0;
+
+/// Held while a file is read and written anew: an agent may end several scans at once.
+static WRITING: Mutex<()> = Mutex::new(());
 
 /// One scan of the past.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +112,7 @@ impl Past {
     /// # Errors
     /// If the disk refuses; the old file stays.
     pub(super) fn add_run(path: &Path, run: Run) -> io::Result<()> {
+        let _alone = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut past = Self::read(path);
         past.runs.push(run);
         past.write(path)
@@ -118,6 +123,7 @@ impl Past {
     /// # Errors
     /// If the disk refuses; the old file stays.
     pub(super) fn add_quote(path: &Path, quoted: Quoted) -> io::Result<()> {
+        let _alone = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut past = Self::read(path);
         past.quotes.retain(|old| old.order != quoted.order);
         past.quotes.push(quoted);
@@ -380,7 +386,7 @@ mod tests {
         assert_eq!(past.quoted(Sha256::of(&[19])).unwrap().files, 99);
         assert_eq!(past.quoted(Sha256::of(&[0])), None, "older ones made room");
         let whole = fs::read(&path).unwrap();
-        for bytes in [&b""[..], b"{}", &whole[..whole.len() - 1], &[b'[', b'1'], &vec![b' '; 300 << 10]] {
+        for bytes in [&b""[..], b"{}", &whole[..whole.len() - 1], b"[1", &[b' '; 300 << 10]] {
             fs::write(&path, bytes).unwrap();
             assert_eq!(Past::read(&path), Past::default());
         }
