@@ -10,6 +10,7 @@ use crate::{
     address::Address,
     frame::{self, Frame, FrameError},
     ids::{EndpointId, ManagerId, StreamId, TaskId},
+    quote::Quote,
     report::{Coverage, Detection, Failure, ItemReport, Notice, Tally, VaultEntry},
     task::TaskSpec,
 };
@@ -296,6 +297,8 @@ pub enum Outcome {
     TreatedUntilCancelled(Tally),
     /// A cleanup or restore ran out of time, in the same way.
     TreatedUntilDeadline(Tally),
+    /// A scan that was asked what it would cost says so; it has looked at nothing.
+    Quoted(Quote),
 }
 
 /// How far a task is; sent at most once a second, never stored before it is sent, lost without harm.

@@ -79,10 +79,6 @@ fn a_quick_scan_needs_no_path_and_looks_where_things_are_dropped() {
     assert!(!paths.contains(&quiet.path().join("kept").display().to_string()), "{paths:?}");
     let text = in_a_line(&shown(&lab, &agent));
     assert!(text.contains("quick: what runs"), "{text}");
-    let beside = quiet.path().to_str().unwrap();
-    let more = ["--quick", "--no-archives", "--max-file-size", "64KiB", "--path", beside];
-    let paths = found_paths(&order(&lab, &agent, &more).expect(10));
-    assert!(paths.contains(&quiet.path().join("kept").display().to_string()), "a path beside it: {paths:?}");
 }
 
 #[test]
@@ -286,4 +282,117 @@ fn a_held_scan_that_is_killed_leaves_no_worker_behind() {
     tm_tests::wait_for("the worker to end", tm_tests::PATIENCE, || {
         cpu_and_state(worker).is_none_or(|(_, state)| state == 'Z').then_some(())
     });
+}
+
+/// A folder whose files cost what they cost every time.
+fn tree(lab: &Lab, name: &str, files: usize) -> std::path::PathBuf {
+    let folder = lab.folder(name);
+    for n in 0..files {
+        fs::write(folder.join(format!("{n:04}")), vec![b'a'; 64 << 10])
+            .expect("the lab's folder is writable");
+    }
+    folder
+}
+
+#[test]
+fn a_quote_is_made_without_reading_and_stands_beside_the_bill() {
+    let lab = Lab::start();
+    let agent = lab.agent();
+    lab.import("marked.yar", RULE).expect(0);
+    lab.import("work.yar", "rule work { condition: for any i in (0..20000) : (uint8(i) == 256) }").expect(0);
+    let folder = tree(&lab, "quoted", 200);
+    fs::write(folder.join("marked"), MARK).unwrap();
+    fs::write(folder.join("large"), vec![b'b'; 2 << 20]).unwrap();
+    let path = folder.to_str().unwrap();
+    let ask = ["--path", path, "--max-file-size", "1MiB", "--dry-run"];
+
+    let first = order(&lab, &agent, &ask).expect(0).json();
+    let quote = &first["tasks"][0]["result"];
+    assert_eq!((&quote["files"], &quote["known"]), (&201.into(), &0.into()), "{first}");
+    assert_eq!(quote["bytes"].as_u64(), Some(200 * (64 << 10) + 20), "{first}");
+    assert_eq!(quote["skipped"]["limit"], 1, "{first}");
+    assert!(quote["estimate"].is_null(), "there is no past scan: {first}");
+    assert!(in_a_line(&shown(&lab, &agent)).contains("no past scan to estimate from"));
+    let task = lab.newest_task(&agent).unwrap();
+    assert_eq!((&task["dry_run"], &task["state"]), (&true.into(), &"done".into()));
+    assert!(lab.detections(&agent).is_empty(), "nothing was read");
+    let covered = lab.tmctl(["coverage", &agent.id, "--path", path, "-o", "json"]).expect(0).both();
+    assert!(!covered.contains(task["id"].as_str().unwrap()), "it looked at nothing: {covered}");
+    let incidents = lab.tmctl(["endpoint", "incidents", &agent.id, "-o", "json"]).expect(0).json();
+    assert_eq!(incidents.as_array().map(Vec::len), Some(0), "{incidents}");
+
+    // A first scan of something else to estimate from.
+    let other = tree(&lab, "other", 100);
+    order(&lab, &agent, &["--path", other.to_str().unwrap()]).expect(0);
+    let second = order(&lab, &agent, &ask).expect(0).json();
+    let estimate = &second["tasks"][0]["result"]["estimate"];
+    assert_eq!((&estimate["runs"], &estimate["same_patterns"]), (&1.into(), &true.into()), "{second}");
+    let quoted = estimate["cpu_s"].as_f64().unwrap();
+
+    order(&lab, &agent, &["--path", path, "--max-file-size", "1MiB"]).expect(10);
+    let id = lab.newest_task(&agent).unwrap()["id"].as_str().unwrap().to_owned();
+    let task = lab.tmctl(["task", "show", &id, "-o", "json"]).expect(0).json();
+    let bill = &task["result"];
+    assert_eq!((&bill["files"], &bill["bytes"]), (&quote["files"], &quote["bytes"]), "{task}");
+    assert_eq!(task["quoted"]["task"], second["tasks"][0]["id"], "the newest quote: {task}");
+    let cpu = bill["cpu_s"].as_f64().unwrap();
+    assert!(quoted / cpu < 4.0 && cpu / quoted < 4.0, "quoted {quoted} s of CPU, used {cpu} s");
+    let text = in_a_line(&shown(&lab, &agent));
+    assert!(text.contains("quoted before: 201 files") && text.contains("s of CPU"), "{text}");
+    // Another order has no quote, and what was scanned is covered.
+    order(&lab, &agent, &["--path", path, "--max-file-size", "1MiB", "--fresh"]).expect(10);
+    assert!(!shown(&lab, &agent).contains("quoted before"));
+    let covered = lab.tmctl(["coverage", &agent.id, "--path", path, "-o", "json"]).expect(0).both();
+    assert!(covered.contains("limit"), "the control: {covered}");
+}
+
+#[test]
+fn a_quote_that_cannot_be_made_is_not_one() {
+    let lab = Lab::start();
+    let agent = lab.agent();
+    lab.import("marked.yar", RULE).expect(0);
+    let missing = order(&lab, &agent, &["--path", "/is/not/there", "--dry-run"]).expect(1);
+    assert!(missing.out().contains("path-refused"), "{}", missing.both());
+    let covered =
+        lab.tmctl(["coverage", &agent.id, "--path", "/is/not/there", "-o", "json"]).expect(0).both();
+    assert!(!covered.contains("path-refused"), "a quote that failed is no scan that failed: {covered}");
+}
+
+#[test]
+fn the_agents_own_command_quotes_and_bills() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let tree = folder.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    for n in 0..50 {
+        fs::write(tree.join(n.to_string()), vec![b'a'; 64 << 10]).unwrap();
+    }
+    fs::write(tree.join("marked"), MARK).unwrap();
+    let cache = folder.path().join("seen");
+    let cache = cache.to_str().unwrap();
+    let quote = |more: &[&str]| {
+        let output =
+            tm_tests::standalone::scan(RULE, &tree, &[&["--dry-run", "--cache", cache][..], more].concat());
+        let output = output.expect(0);
+        assert!(tm_tests::standalone::lines(&output, "detection").is_empty(), "nothing is read");
+        tm_tests::standalone::lines(&output, "quote").pop().unwrap_or_else(|| panic!("{}", output.both()))
+    };
+    let before = quote(&[]);
+    assert_eq!((&before["files"], &before["estimate"]), (&51.into(), &Value::Null), "{before}");
+    let scan = || tm_tests::standalone::scan(RULE, &tree, &["--cache", cache]).expect(1);
+    let summary = |output: &Output| tm_tests::standalone::lines(output, "summary").pop().expect("a summary");
+    let bill = summary(&scan());
+    assert_eq!((&bill["quoted"]["files"], &bill["quoted"]["cpu_s"]), (&51.into(), &Value::Null), "{bill}");
+    assert!(
+        quote(&["--max-depth", "1"])["estimate"]["cpu_s"].as_f64() > Some(0.0),
+        "other limits, the same past"
+    );
+    let after = quote(&[]);
+    assert_eq!(after["estimate"]["runs"], 1, "{after}");
+    let bill = summary(&scan());
+    assert_eq!(bill["quoted"]["cpu_s"], after["estimate"]["cpu_s"], "{bill}");
+    let text = tm_tests::standalone::scan_as("text", RULE, &tree, &["--cache", cache]).expect(1).out();
+    assert!(text.contains("quoted before: 51 files"), "{text}");
+    fs::write(format!("{cache}-costs"), "{broken").unwrap();
+    assert_eq!(quote(&[])["estimate"], Value::Null, "a damaged past is none");
 }

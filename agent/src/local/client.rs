@@ -107,7 +107,7 @@ pub(crate) fn scan(args: &Args) -> ExitCode {
         (Err(_), Some(trouble)) => Err(vec![trouble.clone()]),
         (Ok(verdict), Some(trouble)) => {
             complain(trouble);
-            Ok(if verdict == Verdict::Clean { Verdict::Incomplete } else { verdict })
+            Ok(verdict.map(|verdict| if verdict == Verdict::Clean { Verdict::Incomplete } else { verdict }))
         }
         (done, None) => done,
     };

@@ -7,14 +7,13 @@
 //! The time that one file may take is wall time, in the worker as in the pool that watches it. It is stretched by as
 //! much as the file can be held, so that a held scan skips nothing that another one would look at.
 //!
-//! **Invariant:** a worker is stopped only while it has a file in hand: it loads its patterns, and ends, unheld.
+//! **Invariant:** a worker is stopped only while a file is in hand: the first one loads its patterns, and the last one
+//! ends, unheld.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
-
-use tm_scanner::pool::WorkerProgram;
 
 use super::{crews::Crews, pace::Pace, pressure::Ease, rein::Rein, thread_cpu};
 use crate::platform::pressure::Gauges;
@@ -45,12 +44,12 @@ struct State {
 }
 
 impl Hold {
-    /// To `percent` of one core, 1 to 100.
-    pub(super) fn new(percent: u8) -> Self {
+    /// To `percent` of one core, 1 to 100; the workers bear `mark`.
+    pub(super) fn new(percent: u8, mark: &str) -> Self {
         let state = State {
             pace: Pace::new(percent),
             ease: Ease::default(),
-            rein: Rein::new(),
+            rein: Rein::new(mark),
             walk: Duration::ZERO,
         };
         let (started, gauges) = (Instant::now(), Gauges::find());
@@ -60,11 +59,6 @@ impl Hold {
     /// Whether this machine tells who waits.
     pub(super) fn knows_pressure(&self) -> bool {
         self.gauges.read().is_some()
-    }
-
-    /// What to start as a worker, so that it can be held.
-    pub(super) fn program(&self) -> WorkerProgram {
-        self.lock().rein.program()
     }
 
     /// The time limit of one file, in milliseconds, for one that is held as much as it may be.
@@ -108,6 +102,11 @@ impl Hold {
         LOOK
     }
 
+    /// A worker was started and has loaded its patterns.
+    pub(super) fn take_up(&self) {
+        self.lock().rein.take_up();
+    }
+
     /// Lets the worker go on for good.
     pub(super) fn let_go(&self) {
         self.lock().rein.go();
@@ -134,8 +133,8 @@ mod tests {
     #[test]
     fn the_time_limit_grows_by_as_much_as_a_file_is_held() {
         for (percent, expected) in [(100, 2000), (50, 4000), (10, 20_000), (1, 200_000)] {
-            assert_eq!(Hold::new(percent).stretched(1000), expected);
+            assert_eq!(Hold::new(percent, "").stretched(1000), expected);
         }
-        assert!(Hold::new(1).stretched(u64::MAX) > 1 << 56, "an endless limit stays one");
+        assert!(Hold::new(1, "").stretched(u64::MAX) > 1 << 56, "an endless limit stays one");
     }
 }

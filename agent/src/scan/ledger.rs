@@ -30,6 +30,8 @@ pub(super) struct Books<'a> {
     limits: ScanLimits,
     observe: Observer<'a>,
     coverage: Coverage,
+    /// Bytes of the files that are known clean.
+    known_bytes: u64,
     next_id: u64,
     /// The files that the worker has. As many as its queue holds.
     in_hand: HashMap<u64, Held>,
@@ -52,7 +54,8 @@ impl<'a> Ledger<'a> {
     pub(super) fn new(limits: ScanLimits, observe: Observer<'a>) -> Self {
         let coverage = Coverage::default();
         let (in_hand, links, told) = (HashMap::new(), Links::default(), HashSet::new());
-        Self(Mutex::new(Books { limits, observe, coverage, next_id: 0, in_hand, links, told }))
+        let known_bytes = 0;
+        Self(Mutex::new(Books { limits, observe, coverage, known_bytes, next_id: 0, in_hand, links, told }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Books<'a>> {
@@ -141,7 +144,22 @@ impl Books<'_> {
     /// Enters a file that is known clean and is not read again; `size` in bytes.
     pub(super) fn known(&mut self, id: u64, size: u64) {
         self.coverage.known += 1;
+        self.known_bytes = self.known_bytes.saturating_add(size);
         let _ = self.take(id, &Findings { size, ..Findings::default() });
+    }
+
+    /// Bytes of the files that are known clean.
+    pub(super) const fn known_bytes(&self) -> u64 {
+        self.known_bytes
+    }
+
+    /// Enters a file that would be read, if this were not to say only what would be; `size` in bytes.
+    pub(super) fn would_read(&mut self, id: u64, size: u64) {
+        let mut findings = Findings { size, ..Findings::default() };
+        if size > self.limits.file_bytes {
+            findings.skips.push(Skip { member: Vec::new(), reason: SkipReason::Limit });
+        }
+        let _ = self.take(id, &findings);
     }
 
     /// Enters findings for one name of a file, or for a piece `within` a process.

@@ -13,14 +13,17 @@ mod ledger;
 mod links;
 mod memory;
 mod pace;
+mod past;
 mod pressure;
 mod quick;
+mod quote;
 mod rein;
 mod seen;
 pub(crate) mod standalone;
 mod walk;
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     num::NonZeroUsize,
     path::PathBuf,
@@ -36,13 +39,14 @@ use crossbeam_channel::bounded;
 use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
     ids::Sha256,
+    quote::Quote,
     report::{Coverage, Detection, Failure, PathBytes, SkipReason, Skipped},
     task::{ScanLimits, ScanOptions},
     text::escape_for_display,
 };
 use tm_scanner::{
     item::{Item, ItemResult},
-    pool::{PoolOptions, StartError, WorkerProgram},
+    pool::{PoolOptions, StartError},
     sandbox::PartState,
 };
 
@@ -58,6 +62,7 @@ use crate::{
         hold::Hold,
         ledger::Ledger,
         memory::{Met, Room},
+        past::Past,
         quick::{Quick, is_of_interest},
         seen::{Known, Seen},
         walk::Found,
@@ -85,6 +90,8 @@ pub(crate) struct Order {
     pub(crate) options: ScanOptions,
     /// Where it is kept which files are known clean; nothing is remembered without.
     pub(crate) seen: Option<PathBuf>,
+    /// Where it is kept what past scans have cost; nothing is remembered without.
+    pub(crate) past: Option<PathBuf>,
     /// Scanning threads in the worker, at least 1.
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
@@ -108,6 +115,7 @@ impl Order {
             limits,
             options: ScanOptions::default(),
             seen: None,
+            past: None,
             threads: all_cores(),
             nice: 10,
             sandboxed: warn_once,
@@ -160,12 +168,29 @@ pub(crate) enum Update {
 /// `worker-failed` if there is no worker to look at files.
 pub(crate) fn run(
     order: Order,
-    mut sink: impl FnMut(Update) + Send,
+    sink: impl FnMut(Update) + Send,
     cancel: &AtomicBool,
 ) -> Result<Coverage, Failure> {
+    tell(&order, sink, cancel).map(|done| done.coverage)
+}
+
+/// Says what `order` would look at and what that is likely to cost; it reads nothing. Otherwise as [`run`].
+///
+/// # Errors
+/// `path-refused` if a path is missing or leads through a link.
+pub(crate) fn quote(
+    order: Order,
+    sink: impl FnMut(Update) + Send,
+    cancel: &AtomicBool,
+) -> Result<Quote, Failure> {
+    let done = tell(&order, sink, cancel)?;
+    Ok(quote::of(&order, &done, &order.past.as_deref().map(Past::read).unwrap_or_default()))
+}
+
+fn tell(order: &Order, mut sink: impl FnMut(Update) + Send, cancel: &AtomicBool) -> Result<Done, Failure> {
     let mut batch = Batch::default();
-    let coverage = run_with(
-        &order,
+    let done = run_with(
+        order,
         &mut |event| match event {
             Event::Detection(detection, object) => {
                 if let Some(full) = batch.push(detection.clone(), object) {
@@ -191,7 +216,17 @@ pub(crate) fn run(
     if let Some(rest) = batch.take() {
         sink(Update::Detections(rest));
     }
-    Ok(coverage)
+    Ok(done)
+}
+
+/// What came of a scan.
+#[derive(Debug)]
+struct Done {
+    coverage: Coverage,
+    /// Bytes of the files that were known clean.
+    known_bytes: u64,
+    /// CPU time of the workers until their patterns were loaded.
+    load: Duration,
 }
 
 /// What can stand in the way of a scan.
@@ -263,12 +298,13 @@ type Observer<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 
 /// The scan itself: one thread walks, one takes the results of each worker, this one watches the time. A worker's
 /// queue is bounded; while it is full, the walk waits.
-fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Coverage, Error> {
+fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Done, Error> {
     let started = Instant::now();
     let paths = order.paths();
     walk::check(&paths, &|| cancel.load(Ordering::Relaxed))?;
     let mut options = PoolOptions { threads: order.threads.max(1), limits: order.limits, nice: order.nice };
-    let hold = order.options.cpu_percent.map(Hold::new);
+    let mark = rein::mark();
+    let hold = order.options.cpu_percent.map(|percent| Hold::new(percent, &mark));
     if let Some(hold) = &hold {
         options.threads = 1;
         options.limits.file_ms = hold.stretched(order.limits.file_ms);
@@ -281,13 +317,13 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
     // Patterns that have found files clean are known to load; others are tried before anything else is done.
     let may_wait = seen.as_ref().is_some_and(Seen::may_know);
     let seen = seen.map(Mutex::new);
-    let program = hold.as_ref().map_or_else(WorkerProgram::this, Hold::program);
+    let program = rein::program(&mark);
     let (crews, room) = (Crews::new(&order.patterns, rest, program, options, &*order.hire), Room::default());
     // Handed to a worker and not come back.
     let out = AtomicUsize::new(0);
     let ledger = Ledger::new(order.limits, observe);
     let own_cpu = thread_cpu();
-    let others_cpu = std::thread::scope(|scope| {
+    let (others_cpu, load) = std::thread::scope(|scope| {
         let (walked, walking) = bounded::<()>(1);
         let walker = scope.spawn(|| {
             // Dropped last, so that the watch goes on until all is done.
@@ -295,18 +331,11 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
             if hold.is_some()
                 && let Err(error) = platform::idle::wait_for_others()
             {
-                tracing::warn!(%error, "A scan in the background cannot be made to wait for others.");
+                (order.remark)(&format!("the scan does not wait for others' reads: {error}"));
             }
             let held = hold.as_ref();
-            walk_and_take(
-                scope,
-                order,
-                &crews,
-                (&ledger, &room, &out),
-                (seen.as_ref(), may_wait),
-                held,
-                cancel,
-            )
+            let seen = (seen.as_ref(), may_wait);
+            walk_and_take(scope, (order, &mark), &crews, (&ledger, &room, &out), seen, held, cancel)
         });
         if let Some(hold) = &hold {
             let (walking, crews, out) = (walking.clone(), &crews, &out);
@@ -340,7 +369,7 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
         Some(None) if !is_cancelled => return Err(Error::Pool),
         Some(None) | None => {}
     }
-    if let Some(seen) = seen {
+    if let Some(seen) = seen.filter(|_| !order.options.dry_run) {
         let seen = seen.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = seen.save() {
             // The next scan reads more than it must; this one has lost nothing.
@@ -348,10 +377,18 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
         }
     }
     let own_cpu = thread_cpu().saturating_sub(own_cpu).saturating_add(others_cpu);
+    let known_bytes = ledger.lock().known_bytes();
     let mut coverage = ledger.close(is_cancelled);
     coverage.elapsed_ms = millis(started.elapsed());
     coverage.cpu_ms = millis(own_cpu).saturating_add(crews.cpu_ms());
-    Ok(coverage)
+    let done = Done { coverage, known_bytes, load };
+    if let Some(path) = order.past.as_deref().filter(|_| !is_cancelled && !order.options.dry_run)
+        && let Err(error) = Past::add_run(path, quote::run_of(order, &done))
+    {
+        // The next quote is worse for it; this scan has lost nothing.
+        tracing::warn!(%error, "cannot remember what a scan has cost");
+    }
+    Ok(done)
 }
 
 /// What is missing of the workers' sandbox, in one line; nothing if all is in force.
@@ -382,16 +419,19 @@ fn remark_once(remark: &str) {
     }
 }
 
-/// Walks, hands over, and waits for the last result. Returns the CPU time of all that.
+/// Walks, hands over, and waits for the last result. Returns the CPU time of all that, and that of the workers until
+/// their patterns were loaded.
 fn walk_and_take<'scope, 'env, 'books>(
     scope: &'scope Scope<'scope, 'env>,
-    order: &'env Order,
+    (order, mark): (&'env Order, &'env str),
     crews: &'env Crews<'env>,
     (ledger, room, out): (&'env Ledger<'books>, &'env Room, &'env AtomicUsize),
     (seen, may_wait): (Option<&'env Mutex<Seen>>, bool),
     hold: Option<&'env Hold>,
     cancel: &AtomicBool,
-) -> Duration {
+) -> (Duration, Duration) {
+    let dry_run = order.options.dry_run;
+    let load = Cell::new(Duration::ZERO);
     let finish = FinishOnDrop(crews);
     let lock = |seen: &'env Mutex<Seen>| seen.lock().unwrap_or_else(PoisonError::into_inner);
     let mut takers = Vec::new();
@@ -406,8 +446,13 @@ fn walk_and_take<'scope, 'env, 'books>(
             }
             out.fetch_sub(1, Ordering::AcqRel);
         };
+        let before = if takers.is_empty() { Duration::ZERO } else { rein::cpu_of(mark) };
         match crews.start(with, scope, take) {
             Ok(Some(taker)) => {
+                if let Some(hold) = hold {
+                    hold.take_up();
+                }
+                load.set(load.get() + rein::cpu_of(mark).saturating_sub(before));
                 takers.push(taker);
                 (order.sandboxed)(crews.sandbox());
             }
@@ -415,7 +460,7 @@ fn walk_and_take<'scope, 'env, 'books>(
             Err(error) => crews.give_up(Some(error)),
         }
     };
-    if !may_wait {
+    if !may_wait && !dry_run {
         // The others have found files clean before; where those are still what they were, nothing else is needed.
         start(if crews.has_rest() { With::Rest } else { With::All });
     }
@@ -432,7 +477,13 @@ fn walk_and_take<'scope, 'env, 'books>(
         crews.submit(with, item);
     };
     let mut cpu = Duration::ZERO;
-    if order.options.processes {
+    if order.options.processes && dry_run {
+        memory::would_read(memory::MOST_BYTES, &mut |met| {
+            if let Met::Process(bytes) = met {
+                ledger.lock().process(bytes);
+            }
+        });
+    } else if order.options.processes {
         start(With::All);
         memory::walk((memory::MOST_BYTES, order.limits.file_bytes), room, &stopped, &mut |met| match met {
             Met::Piece { path, member, file } => {
@@ -452,6 +503,9 @@ fn walk_and_take<'scope, 'env, 'books>(
             let Some(id) = ledger.lock().hand_over(path, &facts) else { return };
             let with = match seen.map_or(Known::No, |seen| lock(seen).meet(&facts, id)) {
                 Known::ByAll => return ledger.lock().known(id, facts.stamp.parts().0),
+                Known::ButTheRest | Known::No if dry_run => {
+                    return ledger.lock().would_read(id, facts.stamp.parts().0);
+                }
                 Known::ButTheRest => With::Rest,
                 Known::No => With::All,
             };
@@ -480,7 +534,7 @@ fn walk_and_take<'scope, 'env, 'books>(
     for taker in takers {
         cpu += taker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     }
-    cpu + thread_cpu()
+    (cpu + thread_cpu(), load.get())
 }
 
 /// Those of `patterns` that are named.

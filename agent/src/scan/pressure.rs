@@ -9,9 +9,9 @@ use std::time::Duration;
 /// How often the pressure is asked for. The kernel works it out anew every two seconds.
 const EVERY: Duration = Duration::from_secs(2);
 /// Pressure from which on room is made, in hundredths of a percent.
-const HIGH: u32 = 40_00;
+const HIGH: u32 = 4_000;
 /// Pressure below which room is taken back.
-const LOW: u32 = 20_00;
+const LOW: u32 = 2_000;
 /// How often the share may be halved.
 const MOST: u32 = 2;
 
@@ -54,16 +54,16 @@ mod tests {
         let mut now = Duration::ZERO;
         for (pressure, expected) in [
             (Some(0), 0),
-            (Some(39_99), 0),
-            (Some(40_00), 1),
-            (Some(100_00), 2),
-            (Some(30_00), 2),
-            (Some(100_00), 2),
-            (Some(20_00), 2),
-            (Some(19_99), 1),
+            (Some(3_999), 0),
+            (Some(4_000), 1),
+            (Some(10_000), 2),
+            (Some(3_000), 2),
+            (Some(10_000), 2),
+            (Some(2_000), 2),
+            (Some(1_999), 1),
             (Some(0), 0),
             (Some(0), 0),
-            (Some(100_00), 1),
+            (Some(10_000), 1),
             (None, 0),
             (None, 0),
         ] {
@@ -79,7 +79,7 @@ mod tests {
         for tenth in 0..100 {
             ease.halvings(Duration::from_millis(tenth * 100), || {
                 asked += 1;
-                Some(100_00)
+                Some(10_000)
             });
         }
         assert_eq!(asked, 5);

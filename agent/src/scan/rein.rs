@@ -5,6 +5,9 @@
 //! goes through a descriptor of the process that was seen to bear the mark, never to a number that may have become
 //! another process's.
 //!
+//! A worker that takes the place of one that died has yet to load its patterns, for which it has a time of its own;
+//! it is left alone for [`LOADING`] first.
+//!
 //! **Invariant:** no worker stays stopped when the rein is dropped. One whose agent is killed ends with it: the
 //! kernel kills it, stopped or not.
 
@@ -17,8 +20,12 @@ use std::{
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tm_scanner::pool::WorkerProgram;
 
-/// How soon after a search that found nothing it is searched again.
+/// How soon after a search it is searched again while no worker is known that lives.
 const SEARCH_EVERY: Duration = Duration::from_millis(50);
+/// How soon otherwise: one of two may have been replaced.
+const SEARCH_ANYHOW: Duration = Duration::from_secs(5);
+/// How long a worker that took another's place is not stopped.
+const LOADING: Duration = Duration::from_secs(10);
 
 /// The workers of one scan, by their mark.
 #[derive(Debug)]
@@ -26,6 +33,27 @@ pub(super) struct Rein {
     mark: String,
     workers: Vec<Held>,
     searched: Option<Instant>,
+    /// How long one that took another's place is left alone.
+    loading: Duration,
+}
+
+/// A mark that nobody else has.
+pub(super) fn mark() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// What to start as a worker that bears it.
+pub(super) fn program(mark: &str) -> WorkerProgram {
+    let mut program = WorkerProgram::this();
+    program.args.extend(["--mark".to_owned(), mark.to_owned()]);
+    program
+}
+
+/// CPU time so far of the workers that bear it and live.
+pub(super) fn cpu_of(mark: &str) -> Duration {
+    let mut rein = Rein::new(mark);
+    rein.take_up();
+    rein.cpu()
 }
 
 /// A worker.
@@ -34,21 +62,21 @@ struct Held {
     pid: u32,
     handle: OwnedFd,
     is_stopped: bool,
+    /// Not to be stopped before.
+    free_until: Instant,
     /// Its CPU time as last seen.
     cpu: Duration,
 }
 
 impl Rein {
-    /// The rein of workers that are yet to be started by [`Rein::program`].
-    pub(super) fn new() -> Self {
-        Self { mark: format!("{:032x}", rand::random::<u128>()), workers: Vec::new(), searched: None }
+    /// The rein of workers that bear this mark, or will.
+    pub(super) fn new(mark: &str) -> Self {
+        Self { mark: mark.to_owned(), workers: Vec::new(), searched: None, loading: LOADING }
     }
 
-    /// What to start as a worker.
-    pub(super) fn program(&self) -> WorkerProgram {
-        let mut program = WorkerProgram::this();
-        program.args.extend(["--mark".to_owned(), self.mark.clone()]);
-        program
+    /// Takes up the workers that there are; they have loaded their patterns.
+    pub(super) fn take_up(&mut self) {
+        self.search(Duration::ZERO);
     }
 
     /// CPU time of the workers that were ever stopped, as far as it was seen.
@@ -61,8 +89,10 @@ impl Rein {
 
     /// Stops every worker.
     pub(super) fn stop(&mut self) {
-        self.search();
-        for worker in self.workers.iter_mut().filter(|worker| !worker.is_stopped) {
+        self.find();
+        let now = Instant::now();
+        let may_be = |worker: &&mut Held| !worker.is_stopped && worker.free_until <= now;
+        for worker in self.workers.iter_mut().filter(may_be) {
             worker.is_stopped = pidfd_send_signal(&worker.handle, Signal::STOP).is_ok();
         }
     }
@@ -76,21 +106,27 @@ impl Rein {
         }
     }
 
-    /// Looks for workers unless one is known that lives.
-    fn search(&mut self) {
+    /// Looks for workers that took others' places.
+    fn find(&mut self) {
         let own = std::process::id();
         let lives =
             |worker: &Held| stat(worker.pid).is_some_and(|stat| stat.parent == own && !stat.has_ended);
-        let is_recent = self.searched.is_some_and(|searched| searched.elapsed() < SEARCH_EVERY);
-        if is_recent || self.workers.iter().any(lives) {
-            return;
+        let every = if self.workers.iter().any(lives) { SEARCH_ANYHOW } else { SEARCH_EVERY };
+        if self.searched.is_none_or(|searched| searched.elapsed() >= every) {
+            self.search(self.loading);
         }
-        self.searched = Some(Instant::now());
+    }
+
+    /// Looks for workers, and leaves those that it finds alone for so long.
+    fn search(&mut self, alone: Duration) {
+        let (own, now) = (std::process::id(), Instant::now());
+        self.searched = Some(now);
         let names = fs::read_dir("/proc").into_iter().flatten();
         for pid in names.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok()) {
             let is_known = self.workers.iter().any(|worker| worker.pid == pid);
             if !is_known && let Some(handle) = self.open(pid, own) {
-                self.workers.push(Held { pid, handle, is_stopped: false, cpu: Duration::ZERO });
+                let free_until = now + alone;
+                self.workers.push(Held { pid, handle, is_stopped: false, free_until, cpu: Duration::ZERO });
             }
         }
     }
@@ -185,9 +221,10 @@ mod tests {
 
     #[test]
     fn the_marked_child_is_stopped_and_goes_on_and_no_other_is() {
-        let mut rein = Rein::new();
+        let mut rein = Rein::new(&mark());
         let (marked, other) = (Burner::start(&rein.mark), Burner::start("other"));
         let stopped_cpu = {
+            rein.take_up();
             rein.stop();
             marked.wait("the stop", Burner::is_stopped);
             marked.cpu()
@@ -198,7 +235,7 @@ mod tests {
         assert_eq!(marked.cpu(), stopped_cpu, "it stands still");
         rein.go();
         marked.wait("it to go on", |marked| marked.cpu() > stopped_cpu + Duration::from_millis(50));
-        assert!(rein.cpu() > stopped_cpu);
+        assert!(rein.cpu() > stopped_cpu && cpu_of(&rein.mark) > stopped_cpu);
         rein.stop();
         marked.wait("the stop", Burner::is_stopped);
         drop(rein);
@@ -206,18 +243,23 @@ mod tests {
     }
 
     #[test]
-    fn one_that_follows_another_is_found() {
-        let mut rein = Rein::new();
-        rein.stop();
+    fn one_that_follows_another_is_found_and_may_load_first() {
+        let mut rein = Rein::new(&mark());
         let first = Burner::start(&rein.mark);
-        std::thread::sleep(SEARCH_EVERY);
+        rein.take_up();
         rein.stop();
         first.wait("the stop", Burner::is_stopped);
         drop(first);
         let second = Burner::start(&rein.mark);
         std::thread::sleep(SEARCH_EVERY);
         rein.stop();
-        assert_eq!(rein.workers.len(), 2);
-        second.wait("the stop", Burner::is_stopped);
+        assert_eq!(rein.workers.len(), 2, "it is known");
+        assert!(!rein.workers.iter().any(|worker| worker.pid == second.0.id() && worker.is_stopped));
+        drop(second);
+        rein.loading = Duration::ZERO;
+        let third = Burner::start(&rein.mark);
+        std::thread::sleep(SEARCH_EVERY);
+        rein.stop();
+        third.wait("the stop", Burner::is_stopped);
     }
 }

@@ -13,6 +13,7 @@ use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::{
     ids::{EndpointId, IncidentId, TaskId},
     message::Outcome,
+    quote::Quote,
     report::{Coverage, Failure, Tally, Verdict},
     task::{TaskKind, TaskSpec, TaskState},
 };
@@ -52,6 +53,8 @@ pub(super) struct End<'a> {
 enum What<'a> {
     Nothing,
     Scan(&'a Coverage),
+    /// Of a scan that was asked what it would cost: it has looked at nothing.
+    Quote(&'a Quote),
     Treatment(Tally),
 }
 
@@ -63,7 +66,12 @@ impl<'a> End<'a> {
             TaskKind::Cleanup | TaskKind::Restore => false,
         };
         match outcome {
-            Outcome::Scanned(coverage) if is_scan => Self::new(TaskState::Done, None, What::Scan(coverage)),
+            Outcome::Scanned(coverage) if is_scan && !head.dry_run => {
+                Self::new(TaskState::Done, None, What::Scan(coverage))
+            }
+            Outcome::Quoted(quote) if is_scan && head.dry_run => {
+                Self::new(TaskState::Done, None, What::Quote(quote))
+            }
             Outcome::Treated(tally) if fits(tally, head) => {
                 if tally.is_whole() || tally.dry_run {
                     Self::new(TaskState::Done, None, What::Treatment(*tally))
@@ -79,6 +87,7 @@ impl<'a> End<'a> {
                 Self::new(TaskState::Failed, Some(failure), What::Treatment(*tally))
             }
             Outcome::Scanned(_)
+            | Outcome::Quoted(_)
             | Outcome::Treated(_)
             | Outcome::TreatedUntilCancelled(_)
             | Outcome::TreatedUntilDeadline(_) => {
@@ -90,7 +99,8 @@ impl<'a> End<'a> {
                 Self::new(TaskState::Failed, Some(agent_failure(failure)), What::Nothing)
             }
             Outcome::Cancelled(coverage) => {
-                let what = coverage.as_ref().filter(|_| is_scan).map_or(What::Nothing, What::Scan);
+                let what =
+                    coverage.as_ref().filter(|_| is_scan && !head.dry_run).map_or(What::Nothing, What::Scan);
                 Self::new(TaskState::Cancelled, None, what)
             }
             Outcome::Expired => Self::new(
@@ -208,7 +218,7 @@ pub(super) async fn conclude(
     let mut refused = false;
     let result = match end.what {
         What::Nothing => {
-            if head.kind == TaskKind::Scan && end.state == TaskState::Failed {
+            if head.kind == TaskKind::Scan && end.state == TaskState::Failed && !head.dry_run {
                 let spec = receipts::order(tx, head).await?;
                 coverage::record(tx, head, end.state, &spec, None, now_ms).await?;
             }
@@ -221,6 +231,7 @@ pub(super) async fn conclude(
             refused = receipt.is_refused();
             Some(result)
         }
+        What::Quote(quote) => Some(serde_json::json!(quote).to_string()),
         What::Treatment(tally) => Some(serde_json::json!(tally).to_string()),
     };
     let changed = sqlx::query(
@@ -291,7 +302,7 @@ impl Said {
         let cancelled = Failure::new("cancelled", "called off");
         let failure = end.failure.as_ref().unwrap_or(&cancelled);
         let sum = match end.what {
-            What::Nothing => String::new(),
+            What::Nothing | What::Quote(_) => String::new(),
             What::Scan(coverage) => format!(": {} looked at by then", things(coverage.files, "file")),
             What::Treatment(tally) => format!(": {}", sum(&tally)),
         };

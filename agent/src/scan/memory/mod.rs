@@ -121,6 +121,18 @@ pub(super) fn walk(
     }
 }
 
+/// Visits the same processes, says about how much would be read of each, and reads nothing.
+pub(super) fn would_read(most: u64, visit: &mut dyn FnMut(Met)) {
+    let page = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
+    for process in processes() {
+        // Resident and, among these, shared with a file (proc(5)), in pages; the rest is its own.
+        let sizes = fs::read_to_string(format!("/proc/{}/statm", process.pid)).unwrap_or_default();
+        let mut sizes = sizes.split(' ').skip(1).filter_map(|size| size.parse::<u64>().ok());
+        let (Some(resident), Some(shared)) = (sizes.next(), sizes.next()) else { continue };
+        visit(Met::Process(resident.saturating_sub(shared).saturating_mul(page).min(most)));
+    }
+}
+
 fn skip(process: &Process, more: Vec<PathBytes>, reason: SkipReason, visit: &mut dyn FnMut(Met)) {
     let member = [process.program.clone()].into_iter().chain(more).collect();
     visit(Met::Skipped(Skipped { path: place(process.pid), member, reason }));

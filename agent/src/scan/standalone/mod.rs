@@ -41,12 +41,16 @@ use self::{
 use crate::scan::{
     Error, Order, all_cores, chain,
     hire::{Hire, OwnWorker},
-    missing_line, problem_line, run_with,
+    missing_line,
+    past::{self, Past},
+    problem_line, quote, run_with,
     seen::check_place,
 };
 
 /// Incomplete, or an error stood in the way.
 pub(crate) const EXIT_INCOMPLETE: u8 = 2;
+/// Where the agent of this machine keeps what its scans have cost.
+const AGENT_COSTS: &str = "/var/lib/tm-agent/costs";
 /// A call that makes no sense (sysexits.h, `EX_USAGE`).
 pub(crate) const EXIT_USAGE: u8 = 64;
 /// Where the agent with the usual data folder is spoken to.
@@ -110,9 +114,17 @@ pub(crate) struct Args {
     /// With --standalone: look at the memory of running processes, too
     #[arg(long)]
     processes: bool,
-    /// With --standalone: remember in FILE which files are clean, and do not read them again until they or the patterns change
+    /// With --standalone: remember in FILE which files are clean, and do not read them again until they or the patterns
+    /// change
+    ///
+    /// What scans cost is remembered beside it, in FILE-costs, for --dry-run.
     #[arg(long, value_name = "FILE")]
     cache: Option<PathBuf>,
+    /// Read nothing; say what the scan would look at and what that is likely to cost
+    ///
+    /// The cost is estimated from the scans that --cache remembers, or else from those of the agent of this machine.
+    #[arg(long)]
+    dry_run: bool,
     /// Read everything again, also what the cache knows clean
     #[arg(long, requires = "cache")]
     fresh: bool,
@@ -204,6 +216,9 @@ impl Args {
         if self.processes {
             return Err("the running agent looks at files only; --processes needs --standalone");
         }
+        if self.dry_run {
+            return Err("only a scan of this process is quoted; --dry-run needs --standalone");
+        }
         if self.cache.is_some() {
             return Err("with the running agent nothing is remembered; --cache needs --standalone");
         }
@@ -239,12 +254,12 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     })
 }
 
-/// The exit code for a verdict, or for an error, which is told line by line.
-pub(crate) fn exit_code(done: Result<Verdict, Vec<String>>) -> ExitCode {
+/// The exit code for a verdict (a quote has none), or for an error, which is told line by line.
+pub(crate) fn exit_code(done: Result<Option<Verdict>, Vec<String>>) -> ExitCode {
     match done {
-        Ok(Verdict::Clean) => ExitCode::SUCCESS,
-        Ok(Verdict::Detected) => ExitCode::from(1),
-        Ok(Verdict::Incomplete) => ExitCode::from(EXIT_INCOMPLETE),
+        Ok(Some(Verdict::Clean) | None) => ExitCode::SUCCESS,
+        Ok(Some(Verdict::Detected)) => ExitCode::from(1),
+        Ok(Some(Verdict::Incomplete)) => ExitCode::from(EXIT_INCOMPLETE),
         Err(lines) => {
             lines.iter().for_each(|line| complain(line));
             ExitCode::from(EXIT_INCOMPLETE)
@@ -262,12 +277,12 @@ impl Args {
             full: self.full,
             processes: self.processes,
             fresh: self.fresh,
-            dry_run: false,
+            dry_run: self.dry_run,
         }
     }
 }
 
-/// The scan, with whatever workers are hired; `names` are what people call the patterns.
+/// The scan, or its quote, which has no verdict, with whatever workers are hired; `names` are what people call the patterns.
 ///
 /// # Errors
 /// The lines to complain with.
@@ -276,7 +291,7 @@ pub(crate) fn scan_with(
     patterns: Vec<Pattern>,
     names: BTreeMap<Sha256, String>,
     hire: Arc<dyn Hire>,
-) -> Result<Verdict, Vec<String>> {
+) -> Result<Option<Verdict>, Vec<String>> {
     let paths = args.what.paths.iter().map(|path| bytes(path)).collect();
     let mut order = Order::new(paths, patterns, args.limits());
     order.threads = args.threads();
@@ -285,6 +300,7 @@ pub(crate) fn scan_with(
     if let Some(cache) = &args.cache {
         check_place(cache).map_err(|error| vec![format!("cannot keep `{}`: {error}", bytes(cache))])?;
         order.seen = Some(cache.clone());
+        order.past = Some(past::beside(cache));
     }
     // Somebody sits and waits for it.
     order.nice = 0;
@@ -310,17 +326,29 @@ pub(crate) fn scan_with(
     });
     let (out, is_shared) = (io::BufWriter::new(io::stdout()), io::stdout().is_terminal());
     let mut report = Report::new(out, progress, is_shared, args.output, names, &cancel);
-    let coverage =
-        run_with(&order, &mut |event| report.event(&event), &cancel).map_err(|error| match error {
-            Error::Start(StartError::Refused { name, problems }) if !problems.is_empty() => {
-                problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect()
+    let past = Past::read(order.past.as_deref().unwrap_or(Path::new(AGENT_COSTS)));
+    let done = run_with(&order, &mut |event| report.event(&event), &cancel).map_err(|error| match error {
+        Error::Start(StartError::Refused { name, problems }) if !problems.is_empty() => {
+            problems.iter().map(|problem| format!("{name}:{}", problem_line(problem))).collect()
+        }
+        Error::Start(_) | Error::Path(_) | Error::Lethal(_) | Error::Pool => vec![chain(&error)],
+    });
+    match done {
+        Ok(done) if args.dry_run => {
+            let quote = quote::of(&order, &done, &past);
+            if let Some(path) = &order.past {
+                Past::add_quote(path, quote::quoted_of(&order, &quote))
+                    .map_err(|error| vec![format!("cannot remember the quote: {error}")])?;
             }
-            Error::Start(_) | Error::Path(_) | Error::Lethal(_) | Error::Pool => vec![chain(&error)],
-        });
-    match coverage {
-        Ok(coverage) => {
-            report.finish(&coverage).map_err(|error| vec![format!("cannot write the results: {error}")])?;
-            Ok(coverage.verdict())
+            report.quote(&quote).map_err(|error| vec![format!("cannot write the results: {error}")])?;
+            Ok(None)
+        }
+        Ok(done) => {
+            let quoted = past.quoted(quote::name(&order));
+            report
+                .finish(&done.coverage, quoted)
+                .map_err(|error| vec![format!("cannot write the results: {error}")])?;
+            Ok(Some(done.coverage.verdict()))
         }
         Err(lines) => {
             // What was found before the error is still worth its lines.

@@ -14,12 +14,13 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
 use tm_protocol::{
     ids::Sha256,
+    quote::Quote,
     report::{Coverage, Detection, PathBytes, SkipReason, Skipped, Verdict},
     text::{escape, escape_for_display},
 };
 
 use super::{progress::Progress, units::show_size};
-use crate::scan::Event;
+use crate::scan::{Event, past::Quoted};
 
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -74,7 +75,37 @@ enum Record<'a> {
         skipped: &'a BTreeMap<SkipReason, u64>,
         elapsed_s: f64,
         cpu_s: f64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        quoted: Option<QuotedRecord>,
     },
+    Quote {
+        files: u64,
+        bytes: u64,
+        known: u64,
+        known_bytes: u64,
+        skipped: &'a BTreeMap<SkipReason, u64>,
+        /// `null` where there is no past scan to estimate from.
+        estimate: Option<EstimateRecord>,
+        elapsed_s: f64,
+        cpu_s: f64,
+    },
+}
+
+/// What was quoted for the same order; times are missing where they could not be estimated.
+#[derive(Serialize)]
+struct QuotedRecord {
+    files: u64,
+    bytes: u64,
+    elapsed_s: Option<f64>,
+    cpu_s: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct EstimateRecord {
+    elapsed_s: f64,
+    cpu_s: f64,
+    runs: u32,
+    same_patterns: bool,
 }
 
 impl<'a, W: Write> Report<'a, W> {
@@ -115,11 +146,64 @@ impl<'a, W: Write> Report<'a, W> {
         }
     }
 
-    /// Prints the receipt.
+    /// Prints what a scan would look at and what that is likely to cost, instead of a receipt.
     ///
     /// # Errors
     /// If it, or anything before it, could not be written.
-    pub(super) fn finish(mut self, coverage: &Coverage) -> io::Result<()> {
+    pub(super) fn quote(mut self, quote: &Quote) -> io::Result<()> {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
+        self.clear_progress();
+        let estimate = quote.estimate;
+        match self.format {
+            Format::Json => self.record(&Record::Quote {
+                files: quote.files,
+                bytes: quote.bytes,
+                known: quote.known,
+                known_bytes: quote.known_bytes,
+                skipped: &quote.skipped,
+                estimate: estimate.map(|estimate| EstimateRecord {
+                    elapsed_s: seconds(estimate.elapsed_ms),
+                    cpu_s: seconds(estimate.cpu_ms),
+                    runs: estimate.runs,
+                    same_patterns: estimate.same_patterns,
+                }),
+                elapsed_s: seconds(quote.elapsed_ms),
+                cpu_s: seconds(quote.cpu_ms),
+            })?,
+            Format::Text => {
+                let known = match quote.known {
+                    0 => String::new(),
+                    known => format!(
+                        "{known} of them ({}) known clean and not read again\n",
+                        show_size(quote.known_bytes)
+                    ),
+                };
+                let cost = match estimate {
+                    Some(estimate) => format!(
+                        "about {:.1} s ({:.1} s of CPU time), estimated from {} past {}{}",
+                        seconds(estimate.elapsed_ms),
+                        seconds(estimate.cpu_ms),
+                        estimate.runs,
+                        if estimate.runs == 1 { "scan" } else { "scans" },
+                        if estimate.same_patterns { "" } else { " with other patterns" },
+                    ),
+                    None => "no past scan to estimate from".to_owned(),
+                };
+                let files = if quote.files == 1 { "file" } else { "files" };
+                let bytes = show_size(quote.bytes);
+                writeln!(self.out, "would look at {} {files}, {bytes}\n{known}{cost}", quote.files)?;
+            }
+        }
+        self.out.flush()
+    }
+
+    /// Prints the receipt, and beside it what was quoted for the same order.
+    ///
+    /// # Errors
+    /// If it, or anything before it, could not be written.
+    pub(super) fn finish(mut self, coverage: &Coverage, quoted: Option<Quoted>) -> io::Result<()> {
         if let Some(error) = self.broken.take() {
             return Err(error);
         }
@@ -136,8 +220,14 @@ impl<'a, W: Write> Report<'a, W> {
                 skipped: &coverage.skipped,
                 elapsed_s: seconds(coverage.elapsed_ms),
                 cpu_s: seconds(cpu_ms),
+                quoted: quoted.map(|quoted| QuotedRecord {
+                    files: quoted.files,
+                    bytes: quoted.bytes,
+                    elapsed_s: quoted.elapsed_ms.map(seconds),
+                    cpu_s: quoted.cpu_ms.map(seconds),
+                }),
             })?,
-            Format::Text => self.summary_text(coverage, cpu_ms)?,
+            Format::Text => self.summary_text(coverage, cpu_ms, quoted)?,
         }
         self.out.flush()
     }
@@ -197,7 +287,7 @@ impl<'a, W: Write> Report<'a, W> {
         }
     }
 
-    fn summary_text(&mut self, coverage: &Coverage, cpu_ms: u64) -> io::Result<()> {
+    fn summary_text(&mut self, coverage: &Coverage, cpu_ms: u64, quoted: Option<Quoted>) -> io::Result<()> {
         for skipped in &coverage.samples {
             let place = place(&skipped.path, &skipped.member);
             writeln!(self.out, "NOT SCANNED {place}: {}", skipped.reason)?;
@@ -217,6 +307,16 @@ impl<'a, W: Write> Report<'a, W> {
             seconds(coverage.elapsed_ms),
             seconds(cpu_ms),
         )?;
+        if let Some(quoted) = quoted {
+            let cost = match (quoted.elapsed_ms, quoted.cpu_ms) {
+                (Some(elapsed), Some(cpu)) => {
+                    format!("about {:.1} s ({:.1} s of CPU time)", seconds(elapsed), seconds(cpu))
+                }
+                (None, _) | (_, None) => "no cost".to_owned(),
+            };
+            let bytes = show_size(quoted.bytes);
+            writeln!(self.out, "quoted before: {} files, {bytes}, {cost}", quoted.files)?;
+        }
         if coverage.known > 0 {
             writeln!(self.out, "{} of them known clean, unchanged since they were read", coverage.known)?;
         }
@@ -304,7 +404,7 @@ mod tests {
             coverage.skip(skipped);
         }
         report.event(&Event::Tick(&coverage));
-        report.finish(&coverage).unwrap();
+        report.finish(&coverage, None).unwrap();
         assert!(!cancel.load(Ordering::Relaxed));
         String::from_utf8(out).unwrap()
     }
@@ -376,6 +476,6 @@ mod tests {
         let mut report = Report::new(Closed, None, false, Format::Json, BTreeMap::new(), &cancel);
         report.event(&Event::Tick(&Coverage::default()));
         assert!(cancel.load(Ordering::Relaxed));
-        assert_eq!(report.finish(&Coverage::default()).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(report.finish(&Coverage::default(), None).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }

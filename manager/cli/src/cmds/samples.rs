@@ -33,6 +33,7 @@ pub(super) fn task(kind: &str, state: TaskState) -> TaskView {
         expires_at: text("2026-01-02T04:04:05.678Z"),
         paths: Vec::new(),
         options: None,
+        quoted: None,
     }
 }
 

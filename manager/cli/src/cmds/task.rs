@@ -12,7 +12,7 @@ use tm_protocol::{
 use crate::{
     cli::Task,
     client::Client,
-    cmds::{cancel, follow, receipt, treatment},
+    cmds::{cancel, follow, quote, receipt, treatment},
     failure::{Exit, Failure},
     output::{Column, Format, Output, card, say, table, width},
 };
@@ -129,6 +129,9 @@ pub(super) fn is_treatment(task: &TaskView) -> bool {
 /// What came of it, in a word or two.
 fn result(task: &TaskView) -> String {
     let dry = if task.dry_run { " (dry run)" } else { "" };
+    if let Some(quote) = task.quote() {
+        return quote::in_short(quote);
+    }
     match (receipt::verdict(task), task.treatment()) {
         (Some(Verdict::Detected), _) => {
             format!("{} {}", Verdict::Detected, receipt::detections_of(task).unwrap_or(0))
