@@ -1,23 +1,19 @@
-//! Makes a thread one that waits for everybody else.
+//! Makes a thread one whose reads wait for everybody else's.
 
 use std::{
     io,
     process::{Command, Stdio},
 };
 
-/// The weakest niceness.
-const WEAKEST: i32 = 19;
 /// Sets the class by which a thread's reads wait for others' (util-linux). There is no safe call for it at hand.
 const IONICE: &str = "/usr/bin/ionice";
 
 /// From here on this thread, every thread that it starts, and every process that these start read from a disk only
-/// when nobody else does, and get the CPU last. It cannot be taken back.
+/// when nobody else does. It is not taken back.
 ///
 /// # Errors
-/// If the kernel refuses, or there is no `ionice` on this machine; what could be done holds.
+/// If the kernel refuses, or there is no `ionice` on this machine.
 pub(crate) fn wait_for_others() -> io::Result<()> {
-    // To the kernel a niceness is one of the calling thread.
-    let nice = rustix::process::nice(WEAKEST);
     let thread = rustix::thread::gettid().as_raw_nonzero().to_string();
     let done = Command::new(IONICE)
         .args(["-c", "3", "-p", &thread])
@@ -30,7 +26,6 @@ pub(crate) fn wait_for_others() -> io::Result<()> {
     if !done.success() {
         return Err(io::Error::other(format!("`{IONICE}` failed ({done})")));
     }
-    nice?;
     Ok(())
 }
 
@@ -57,11 +52,10 @@ mod tests {
             assert_eq!(own(), "idle");
             std::thread::spawn(|| assert_eq!(own(), "idle")).join().unwrap();
             let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-            let pid = rustix::process::Pid::from_child(&child);
-            let said = (class(pid.as_raw_nonzero().get()), rustix::process::getpriority_process(Some(pid)));
+            let said = class(i32::try_from(child.id()).unwrap());
             child.kill().unwrap();
             child.wait().unwrap();
-            assert_eq!(said, ("idle".to_owned(), Ok(WEAKEST)));
+            assert_eq!(said, "idle");
         })
         .join()
         .unwrap();

@@ -20,8 +20,10 @@ use crate::platform::pressure::Gauges;
 
 /// How soon the next file follows one that is looked at alone, at least.
 const PAUSE: Duration = Duration::from_micros(200);
-/// How soon it is looked again whether the scan may go on.
+/// How soon it is looked again whether the worker may go on in the middle of a file.
 const LOOK: Duration = Duration::from_millis(20);
+/// The same between two files, at most: a look is paid for from the share, too.
+const REST: Duration = Duration::from_millis(200);
 /// How often the share is halved at most in the middle of a file.
 const HALVINGS_WITHIN: u32 = 1;
 
@@ -77,7 +79,7 @@ impl Hold {
             } else {
                 let mut state = self.lock();
                 state.walk = thread_cpu();
-                self.due(&mut state, crews, u32::MAX).min(LOOK)
+                self.due(&mut state, crews, u32::MAX).min(REST)
             };
             if wait.is_zero() {
                 return;

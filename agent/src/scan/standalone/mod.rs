@@ -302,8 +302,10 @@ pub(crate) fn scan_with(
         order.seen = Some(cache.clone());
         order.past = Some(past::beside(cache));
     }
-    // Somebody sits and waits for it.
-    order.nice = 0;
+    if order.options.cpu_percent.is_none() {
+        // Somebody sits and waits for it.
+        order.nice = 0;
+    }
     order.sandboxed = |parts| {
         if let Some(line) = missing_line(parts) {
             complain_as("warning", &format!("the scan worker runs with a part of its sandbox only: {line}"));
