@@ -33,7 +33,7 @@ pub(super) struct Clause {
 
 impl Clause {
     fn new(mut literals: Vec<Literal>) -> Self {
-        literals.sort();
+        literals.sort_unstable();
         literals.dedup();
         let worth = literals.iter().map(|literal| literal.rarity).min().unwrap_or(i32::MAX);
         Self { literals, worth }
@@ -138,7 +138,7 @@ fn clauses_of_any<'a>(demands: impl Iterator<Item = &'a Demand>) -> Vec<Clause> 
     let all = |at: usize| {
         let literals = || possible.iter().filter_map(move |demand| demand.clauses.get(at));
         let len: usize = literals().map(|clause| clause.literals.len()).sum();
-        (len <= MOST).then(|| Clause::new(literals().flat_map(|clause| clause.literals.clone()).collect()))
+        (len <= MOST).then(|| Clause::new(literals().flat_map(|clause| &clause.literals).copied().collect()))
     };
     (0..count).filter_map(all).collect()
 }

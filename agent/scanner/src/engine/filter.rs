@@ -97,7 +97,11 @@ impl Filter {
     /// Builds the table from needles and what is to be told of each.
     pub(super) fn new(wanted: impl Iterator<Item = (Literal, Vec<u32>)>) -> Self {
         let needles: Vec<Needle> = wanted
-            .map(|(literal, tells)| Needle { offset: best_window(&literal.bytes).0, literal, tells })
+            .map(|(literal, tells)| Needle {
+                offset: best_window(literal.bytes.as_slice()).0,
+                literal,
+                tells,
+            })
             .collect();
         let mut entries: Vec<Entry> =
             needles.iter().zip(0u32..).filter_map(|(needle, at)| entry(needle, at)).collect();
@@ -227,7 +231,7 @@ fn bits(count: usize, each: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::needles::Piece, *};
 
     fn found(filter: &Filter, data: &[u8]) -> Vec<u32> {
         let mut units = Vec::new();
@@ -242,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_needle_is_told_of_once_in_each_data() {
-        let literal = Literal { bytes: b"abcd".to_vec(), nocase: false, rarity: 0 };
+        let literal = Literal { bytes: Piece::new(*b"abcd"), nocase: false, rarity: 0 };
         let filter = Filter::new([(literal, vec![7])].into_iter());
         let (mut met, mut told) = (Met::default(), 0);
         for _ in 0..3 {
@@ -257,7 +261,7 @@ mod tests {
 
     #[test]
     fn needles_are_found_wherever_they_stand() {
-        let literal = |text: &str, nocase| Literal { bytes: text.as_bytes().to_vec(), nocase, rarity: 0 };
+        let literal = |text: &str, nocase| Literal { bytes: Piece::new(text.bytes()), nocase, rarity: 0 };
         let filter = Filter::new(
             [
                 (literal("abcd", false), vec![0]),

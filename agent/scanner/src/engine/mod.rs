@@ -294,7 +294,7 @@ impl Sieve {
                 let tell = u32::try_from(*at * MOST_CLAUSES + number).ok()?;
                 *clauses_of.get_mut(*at)? |= 1 << number;
                 for literal in &clause.literals {
-                    wants.entry(literal.clone()).or_default().push(tell);
+                    wants.entry(*literal).or_default().push(tell);
                 }
             }
         }
