@@ -140,7 +140,9 @@ fn receive_lists(socket: &io::Stdin, count: usize) -> io::Result<Vec<Mmap>> {
                     maps.push(lists::map(file)?);
                 }
             }
-            _ => return Err(io::Error::other("digest lists are missing")),
+            Some((Order::Lists | Order::Setup(..) | Order::Items(_), _)) | None => {
+                return Err(io::Error::other("digest lists are missing"));
+            }
         }
     }
     Ok(maps)
