@@ -1,4 +1,4 @@
-//! Archives: what the formats' own programs make is looked into.
+//! Archives: what the formats' own programs make is looked into, and what is made to be hard to read is bounded.
 //!
 //! The control of every archive is the program that is planted in it: a marker that only unpacking finds, behind
 //! machine code, which is what filters change. Sums tell whether all of it came out as it went in.
@@ -10,8 +10,9 @@ use std::{
     process::{Command, Stdio},
 };
 
+use flate2::{Compression, write::GzEncoder};
 use serde_json::Value;
-use tm_tests::{Output, standalone};
+use tm_tests::{Output, bin, samples, standalone};
 
 /// Finds the program that is planted.
 const RULE: &str = "rule planted { strings: $a = \"planted-marker-47\" condition: $a }";
@@ -137,14 +138,14 @@ fn is_installed(program: &str) -> bool {
 
 /// Makes an archive in a folder of its own.
 fn make(script: &str, out: &Path) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("temporary folders work");
     let path = folder.path();
     // A program of this processor, so that filters have something to change.
-    let mut prog = fs::read("/bin/ls").unwrap();
+    let mut prog = fs::read("/bin/ls").expect("every system has it");
     prog.extend(b"planted-marker-47");
-    fs::write(path.join("prog"), prog).unwrap();
-    fs::write(path.join("hay.txt"), "hay\n".repeat(20_000)).unwrap();
-    fs::write(path.join("more.txt"), "more hay\n").unwrap();
+    fs::write(path.join("prog"), prog).expect("it is writable");
+    fs::write(path.join("hay.txt"), "hay\n".repeat(20_000)).expect("it is writable");
+    fs::write(path.join("more.txt"), "more hay\n").expect("it is writable");
     let mut command = Command::new("sh");
     command.args(["-ec", script]).env("OUT", out).current_dir(path).stdin(Stdio::null());
     let output: Output = command.output().expect("programs can be run").into();
@@ -155,7 +156,8 @@ fn make(script: &str, out: &Path) {
 fn by_file(output: &Output, kind: &str) -> BTreeMap<String, Vec<Value>> {
     let mut all: BTreeMap<String, Vec<Value>> = BTreeMap::new();
     for line in standalone::lines(output, kind) {
-        let name = line["path"].as_str().unwrap().rsplit('/').next().unwrap().to_owned();
+        let name =
+            line["path"].as_str().and_then(|path| path.rsplit('/').next()).unwrap_or_default().to_owned();
         all.entry(name).or_default().push(line);
     }
     all
@@ -193,4 +195,88 @@ fn what_other_programs_make_is_looked_into_or_said() {
         };
         assert!(right, "{name} ({script}): found within: {within}, skipped: {reasons:?}");
     }
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut out = GzEncoder::new(Vec::new(), Compression::best());
+    std::io::Write::write_all(&mut out, bytes).expect("memory can be written to");
+    out.finish().expect("memory can be written to")
+}
+
+/// Runs a scan whose processes may have `mebibytes` of memory to write to, each.
+fn scan_within(mebibytes: u64, folder: &Path) -> Output {
+    let rule = tempfile::NamedTempFile::new().expect("temporary folders work");
+    fs::write(rule.path(), RULE).expect("it is writable");
+    let output = Command::new("prlimit")
+        .arg(format!("--data={}", mebibytes << 20))
+        .arg(bin("tm-agent"))
+        .args(["scan", "--standalone", "--threads", "2", "-o", "json", "--pattern"])
+        .args([rule.path(), Path::new("--"), folder])
+        .output();
+    output.expect("programs can be run").into()
+}
+
+/// What takes the most memory: much that comes out, large dictionaries, large models, one within another.
+fn heavy(folder: &Path) {
+    let path = folder.to_str().expect("temporary folders have plain names");
+    let script = format!(
+        "head -c 1M /dev/urandom > seed; for n in $(seq 190); do cat seed; done > much; cat prog >> much; \
+         head -c 2M much > some; cat prog >> some; \
+         make() {{ out=$1; shift; 7z a -bso0 -bsp0 -mx=1 -mmt=1 {path}/$out \"$@\"; }}; \
+         make solid.7z -m0=lzma:d=256m much prog hay.txt; \
+         make copy.7z -m0=copy much; \
+         make twice.7z -m0=copy {path}/copy.7z; \
+         make model.7z -m0=ppmd:mem=256m:o=8 some; \
+         make model.zip -tzip -mm=ppmd:mem=256m some; \
+         make nested.7z -m0=ppmd:mem=128m:o=8 {path}/model.7z {path}/solid.7z; \
+         head -c 16M much | xz -0 --lzma2=preset=0,dict=256MiB > {path}/much.xz; \
+         zstd -q -3 --long=27 < much > {path}/much.zst; \
+         touch $OUT"
+    );
+    let done = folder.join("done");
+    make(&script, &done);
+    let write = |name: &str, bytes: Vec<u8>| fs::write(folder.join(name), bytes).expect("it is writable");
+    fs::remove_file(done).expect("it was made");
+    write("zeros.gz", gzip(&vec![0; 300 << 20]));
+    write("dictionary.lzma", [&b"\x5d\xff\xff\xff\xff"[..], &[0xff; 8], &[0; 40]].concat());
+    let mut deep = samples::eicar();
+    for _ in 0..40 {
+        deep = gzip(&deep);
+    }
+    write("deep.gz", deep);
+}
+
+#[test]
+fn the_worst_archives_fit_in_512_mebibytes_and_20_seconds() {
+    let folder = tempfile::tempdir().unwrap();
+    heavy(folder.path());
+    let files = fs::read_dir(folder.path()).unwrap().count();
+    let output = scan_within(512, folder.path());
+    let said = |output: &Output| -> Vec<String> {
+        let skipped = standalone::lines(output, "skipped");
+        skipped.iter().map(|line| format!("{} {}", line["path"], line["reason"])).collect()
+    };
+    let skips = said(&output);
+    // A worker that asked for more would have said so, even if another one then did its work.
+    assert_eq!(output.err(), "");
+    assert!(skips.iter().all(|line| line.ends_with("\"limit\"")), "{skips:?}");
+    let summary = standalone::lines(&output, "summary");
+    assert_eq!(summary[0]["files"], files, "{}", output.both());
+    let seconds = summary[0]["cpu_s"].as_f64().unwrap();
+    assert!(seconds < 20.0, "{seconds} s of CPU for {files} files");
+    // What is worst is limited, and what fits is found.
+    let (found, skipped) = (by_file(&output, "detection"), by_file(&output, "skipped"));
+    for name in ["solid.7z", "zeros.gz", "dictionary.lzma", "deep.gz"] {
+        assert!(skipped.contains_key(name), "{name}: {skips:?}");
+    }
+    for name in ["solid.7z", "copy.7z", "model.7z", "model.zip"] {
+        assert!(found.contains_key(name), "{name}: {skips:?}");
+    }
+    // The control: the ceiling is one, and a worker that needs more ends or says so.
+    let less = scan_within(64, folder.path());
+    assert!(
+        said(&less).iter().any(|line| line.contains("worker-died")) || !less.err().is_empty(),
+        "{}",
+        less.both()
+    );
 }

@@ -33,6 +33,13 @@ impl<'a> Decoder<'a> {
         Self { reader: Box::new(reader), workspace: SMALL }
     }
 
+    /// A decoder that takes `memory` bytes as it is built, which is when it is first read from: until then it may
+    /// turn out to be too large.
+    fn late<R: Read + 'a>(memory: u32, build: impl FnOnce() -> ppmd_rust::Result<R> + 'a) -> Self {
+        let reader = Late { build: Some(build), built: None };
+        Self { reader: Box::new(reader), workspace: memory.into() }
+    }
+
     /// Compares what comes out with what a header tells, where it does: CRC-32 and size. What differs is an
     /// error at the end.
     pub(super) fn checked(self, crc: Option<u32>, size: Option<u64>) -> Self {
@@ -130,8 +137,8 @@ pub(super) fn ppmd7<'a>(input: impl Read + 'a, properties: &[u8]) -> Result<Deco
         return Err(SkipReason::Limit);
     }
     let memory = u32::try_from(memory).map_err(|_| SkipReason::Malformed)?;
-    let reader = Ppmd7Decoder::new(input, (*order).into(), memory).map_err(|_| SkipReason::Malformed)?;
-    Ok(Decoder { reader: Box::new(reader), workspace: memory.into() })
+    let order = u32::from(*order);
+    Ok(Decoder::late(memory, move || Ppmd7Decoder::new(input, order, memory)))
 }
 
 /// Memory of an LZMA decoder with a dictionary of this size, if it may be that large.
@@ -151,9 +158,8 @@ pub(super) fn ppmd8<'a>(mut input: impl Read + 'a) -> Result<Decoder<'a>, SkipRe
         1 => RestoreMethod::CutOff,
         _ => return Err(SkipReason::Unsupported),
     };
-    let reader =
-        Ppmd8Decoder::new(input, (parameters & 15) + 1, memory, method).map_err(|_| SkipReason::Malformed)?;
-    Ok(Decoder { reader: Box::new(reader), workspace: u64::from(memory) })
+    let order = (parameters & 15) + 1;
+    Ok(Decoder::late(memory, move || Ppmd8Decoder::new(input, order, memory, method)))
 }
 
 /// Zstandard (RFC 8878), several frames in a row.
@@ -217,6 +223,26 @@ impl Read for ZstdFrame<'_> {
             }
         }
         Ok(got)
+    }
+}
+
+/// See [`Decoder::late`].
+struct Late<R, F> {
+    build: Option<F>,
+    built: Option<R>,
+}
+
+impl<R: Read, F: FnOnce() -> ppmd_rust::Result<R>> Read for Late<R, F> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if let Some(build) = self.build.take() {
+            let built = build().map_err(|error| {
+                let no_memory = matches!(error, ppmd_rust::Error::MemoryAllocation);
+                because(if no_memory { SkipReason::Limit } else { SkipReason::Malformed })
+            })?;
+            self.built = Some(built);
+        }
+        // What could not be built stays broken.
+        self.built.as_mut().ok_or(io::ErrorKind::InvalidData)?.read(out)
     }
 }
 

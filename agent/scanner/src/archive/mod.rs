@@ -52,6 +52,8 @@ const MAX_FINDINGS_BYTES: usize = 4 << 20;
 const MAX_NAME: usize = 4096;
 /// What is asked of a decoder at a time, in bytes.
 const CHUNK: usize = 64 << 10;
+/// Members below this size grow to twice theirs, in bytes.
+const FEW: usize = 8 << 20;
 /// The name of content that its container does not name.
 const UNNAMED: &[u8] = b"content";
 /// The name of a container that stands behind another one's end.
@@ -71,10 +73,21 @@ pub(crate) struct Walk<'a> {
     findings: Findings,
 }
 
+/// Makes room for `more` bytes: ahead of what comes, but of much not by much, which is not counted.
+fn make_room(bytes: &mut Vec<u8>, more: usize) -> Result<(), SkipReason> {
+    if bytes.capacity() - bytes.len() >= more {
+        return Ok(());
+    }
+    let ahead = if bytes.len() < FEW { bytes.len() } else { bytes.len() / 8 };
+    bytes.try_reserve_exact(ahead.max(more)).map_err(|_| SkipReason::Limit)
+}
+
 /// What came out of a decoder, held in memory, and why it broke off if it did.
 struct Taken {
     bytes: Vec<u8>,
     whole: Result<(), SkipReason>,
+    /// What the decoder holds until it is gone, in bytes.
+    workspace: u64,
 }
 
 /// Judges `bytes` and everything in them.
@@ -207,21 +220,24 @@ impl Walk<'_> {
         let mut bytes = Vec::new();
         self.budget.hold(workspace);
         let whole = self.fill(&mut bytes, packed, reader);
-        self.budget.release(workspace);
-        Ok(Some(Taken { bytes, whole }))
+        Ok(Some(Taken { bytes, whole, workspace }))
     }
 
-    /// Judges what was taken out. What did come out is judged even if it broke off: a truncated dropper is still
-    /// one.
+    /// Judges what was taken out, by a decoder that is gone. What did come out is judged even if it broke off: a
+    /// truncated dropper is still one.
     fn judge_taken(&mut self, name: &[u8], taken: Option<Taken>) {
-        let Some(Taken { bytes, whole }) = taken else { return };
+        let Some(Taken { bytes, whole, workspace }) = taken else { return };
+        self.budget.release(workspace);
         self.named(name, |walk| {
             walk.judge(&bytes);
             if let Err(reason) = whole {
                 walk.skip(reason);
             }
         });
-        self.budget.release(len(&bytes));
+        let held = len(&bytes);
+        // Only what is gone is free for others.
+        drop(bytes);
+        self.budget.release(held);
     }
 
     /// Reads up to `bytes` bytes of a decoder in vain, to come to what is behind them. What goes wrong is left
@@ -254,6 +270,7 @@ impl Walk<'_> {
             };
             let take = field::index(room).min(got);
             let more = u64::try_from(take).unwrap_or(u64::MAX);
+            make_room(bytes, take)?;
             self.budget.hold(more);
             self.budget.unpacked(more);
             room -= more;

@@ -95,8 +95,9 @@ impl<'b> Archive<'b> {
         walk.budget.hold(decoder.workspace);
         let mut header = Vec::new();
         let whole = walk.fill(&mut header, decoder.packed, &mut decoder.reader);
-        walk.budget.release(decoder.workspace);
+        let workspace = decoder.workspace;
         drop(decoder);
+        walk.budget.release(workspace);
         let read = match whole {
             Ok(()) => self.read(walk, &header, depth),
             Err(reason) => Err(reason),
@@ -176,9 +177,11 @@ fn judge(
             return Ok(!pieces.is_empty());
         }
     };
-    walk.budget.hold(unpacked.workspace);
+    let workspace = unpacked.workspace;
+    walk.budget.hold(workspace);
     let judged = judge_pieces(walk, &mut unpacked, pieces, files);
-    walk.budget.release(unpacked.workspace);
+    drop(unpacked);
+    walk.budget.release(workspace);
     judged
 }
 

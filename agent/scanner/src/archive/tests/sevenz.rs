@@ -268,6 +268,24 @@ fn dictionaries_and_models_of_gigabytes_are_refused_before_they_are_taken() {
     let lzma = &[0x23, 3, 1, 1, 5, 0x5d, 0xff, 0xff, 0xff, 0xff][..];
     let lzma2 = &[0x21, 0x21, 1, 40][..];
     let ppmd = &[0x23, 3, 4, 1, 5, 6, 0, 0, 0, 0xff][..];
+    let large = &[0x23, 3, 4, 1, 5, 6, 0, 0, 0, 0x10][..];
+    // A chain of models, each of which would be allowed.
+    let chain = |count: usize| {
+        let binds: Vec<u8> =
+            (1..count).flat_map(|n| [u8::try_from(n).unwrap(), u8::try_from(n - 1).unwrap()]).collect();
+        let count = u8::try_from(count).unwrap();
+        let sizes = number(9).repeat(usize::from(count));
+        [
+            &[1, 4, 6, 0, 1, 9, 64, 0, 7, 11, 1, 0, count][..],
+            &large.repeat(count.into()),
+            &binds,
+            &[12],
+            &sizes,
+            &[0, 0, 0],
+        ]
+        .concat()
+    };
+    says(&look(&end(&[0; 64], &chain(3))), SkipReason::Limit);
     for coder in [lzma, lzma2, ppmd] {
         let archive = Archive { size: Some(1 << 33), ..Archive::new(coder, vec![0; 64], &[("a", b"")]) };
         says(&look(&archive.write()), SkipReason::Limit);
