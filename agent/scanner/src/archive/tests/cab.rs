@@ -135,6 +135,100 @@ fn lzx_is_read_and_quantum_is_said() {
     assert_eq!(skipped(&found), said);
 }
 
+/// Bits of 16-bit numbers, the lower byte first, the highest bit first.
+#[derive(Default)]
+struct Bits(Vec<bool>);
+
+impl Bits {
+    fn put(&mut self, value: u32, count: u32) {
+        self.0.extend((0..count).rev().map(|at| value >> at & 1 == 1));
+    }
+
+    /// Lengths of a tree's codes, all of them 0 before and `length` now.
+    fn lengths(&mut self, length: u32, count: usize) {
+        // A tree with one code, of one bit: the change from 0 to `length`.
+        let change = (17 - length) % 17;
+        for code in 0..20 {
+            self.put(u32::from(code == change), 4);
+        }
+        (0..count).for_each(|_| self.put(0, 1));
+    }
+
+    fn words(&self) -> Vec<u8> {
+        let word = |bits: &[bool]| {
+            (0..16).fold(0_u16, |word, at| word << 1 | u16::from(bits.get(at) == Some(&true)))
+        };
+        self.0.chunks(16).flat_map(|bits| word(bits).to_le_bytes()).collect()
+    }
+}
+
+#[test]
+fn lzx_matches_refer_back_and_calls_are_translated() {
+    // Every code of the main tree (256 bytes, 30 slots of 8 lengths) has 9 bits, and is its own number.
+    let block = |aligned: bool, size: u32, calls: bool, body: &dyn Fn(&mut Bits)| {
+        let mut bits = Bits::default();
+        bits.put(u32::from(calls), 1);
+        if calls {
+            // The size of the program whose calls were made absolute.
+            bits.put(0x7fff, 16);
+            bits.put(0xffff, 16);
+        }
+        bits.put(if aligned { 2 } else { 1 }, 3);
+        bits.put(size >> 8, 16);
+        bits.put(size & 0xff, 8);
+        if aligned {
+            (0..8).for_each(|_| bits.put(3, 3));
+        }
+        bits.lengths(9, 256);
+        bits.lengths(9, 240);
+        bits.lengths(0, 249);
+        body(&mut bits);
+        bits.words()
+    };
+    let literals = |bits: &mut Bits, text: &[u8]| text.iter().for_each(|byte| bits.put(u32::from(*byte), 9));
+    let look_at = |block: Vec<u8>, size: usize| {
+        look(&write(&[("x", 0, 0, size)], &[Folder { method: 0x0f03, blocks: vec![(size, block)] }]))
+    };
+    for aligned in [false, true] {
+        // 6 bytes from 15 back: slot 8 begins at 16 - 2 and has three bits more, aligned or not.
+        let bytes = block(aligned, 21, false, &|bits| {
+            literals(bits, b"dle-47 --- hnee");
+            bits.put(256 + 8 * 8 + 4, 9);
+            bits.put(1, 3);
+        });
+        let found = look_at(bytes, 21);
+        assert_eq!(
+            (matched_within(&found), skipped(&found)),
+            (["x".to_owned()].into(), Vec::new()),
+            "{aligned}"
+        );
+        // 5 bytes from 10 back (slot 7: 12 - 2, two bits more), and 4 from as far (slot 0).
+        let bytes = block(aligned, 19, false, &|bits| {
+            literals(bits, b"dle-47-nee");
+            bits.put(256 + 7 * 8 + 3, 9);
+            bits.put(0, 2);
+            bits.put(256 + 2, 9);
+        });
+        let found = look_at(bytes, 19);
+        assert_eq!(
+            (matched_within(&found), skipped(&found)),
+            (["x".to_owned()].into(), Vec::new()),
+            "{aligned}"
+        );
+    }
+    // A call at 3 to `need`, told as `need` + 3.
+    let bytes = block(false, 24, true, &|bits| literals(bits, b"abc\xe8qeedle-47 hay hay ha"));
+    let found = look_at(bytes, 24);
+    assert_eq!((matched_within(&found), skipped(&found)), (["x".to_owned()].into(), Vec::new()));
+    // A match from before the start.
+    let bytes = block(false, 4, false, &|bits| {
+        literals(bits, b"ab");
+        bits.put(256 + 7 * 8, 9);
+        bits.put(0, 2);
+    });
+    says(&look_at(bytes, 4), SkipReason::Malformed);
+}
+
 #[test]
 fn a_cabinet_that_contradicts_itself_is_read_and_said() {
     let gz = samples::gzip(&samples::plain());
