@@ -140,7 +140,7 @@ fn receive_lists(socket: &io::Stdin, count: usize) -> io::Result<Vec<Mmap>> {
                     maps.push(lists::map(file)?);
                 }
             }
-            Some((Order::Lists | Order::Setup(..) | Order::Items(_), _)) | None => {
+            Some((Order::Lists | Order::Setup(..) | Order::Items(_) | Order::Measure, _)) | None => {
                 return Err(io::Error::other("digest lists are missing"));
             }
         }
