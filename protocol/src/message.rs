@@ -296,6 +296,8 @@ pub enum Outcome {
     TreatedUntilCancelled(Tally),
     /// A cleanup or restore ran out of time, in the same way.
     TreatedUntilDeadline(Tally),
+    /// A scan ran out of time; what it had looked at by then.
+    ScannedUntilDeadline(Coverage),
 }
 
 /// How far a task is; sent at most once a second, never stored before it is sent, lost without harm.
