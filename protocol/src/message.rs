@@ -299,6 +299,8 @@ pub enum Outcome {
     TreatedUntilDeadline(Tally),
     /// A scan that was asked what it would cost says so; it has looked at nothing.
     Quoted(Quote),
+    /// A scan ran out of time; what it had looked at by then.
+    ScannedUntilDeadline(Coverage),
 }
 
 /// How far a task is; sent at most once a second, never stored before it is sent, lost without harm.

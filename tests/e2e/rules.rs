@@ -131,7 +131,11 @@ fn import(lab: &Lab, case: &Case, file: &Path) {
             if let Fate::Refused(Some((line, part))) = case.fate {
                 let problem = &output.json()["problems"][0];
                 assert_eq!(problem["line"], line, "{}: {}", case.name, output.both());
-                assert!(problem["message"].as_str().unwrap().contains(part), "{}", output.both());
+                assert!(
+                    problem["message"].as_str().expect("a problem has a message").contains(part),
+                    "{}",
+                    output.both()
+                );
             }
         }
         // It is not even sent.
@@ -145,7 +149,7 @@ fn try_them(first: usize) {
     let lab = Lab::start();
     let agent = lab.agent();
     let dirty = lab.folder("dirty");
-    fs::write(dirty.join("a.com"), samples::eicar()).unwrap();
+    fs::write(dirty.join("a.com"), samples::eicar()).expect("the lab's folder is writable");
     lab.import("good.yar", samples::EICAR_RULE).expect(0);
     still_detects(&lab, &agent);
     let (manager, daemon) = (lab.manager().pid(), agent.pid());
@@ -153,7 +157,7 @@ fn try_them(first: usize) {
     let mut tried = 0;
     for case in cases().into_iter().skip(first).step_by(4) {
         let file = lab.path(&format!("{}.yar", case.name));
-        fs::write(&file, (case.make)()).unwrap();
+        fs::write(&file, (case.make)()).expect("the lab's folder is writable");
         let started = Instant::now();
         let (code, said, cost) = check(&file, &[], &log);
         eprintln!("{:>28}: exit {code}, {cost:?}, {:.1?}", case.name, started.elapsed());
@@ -175,7 +179,7 @@ fn try_them(first: usize) {
         if cost.cpu_ms < DEAR_MS || is_long() {
             import(&lab, &case, &file);
         }
-        fs::remove_file(&file).unwrap();
+        fs::remove_file(&file).expect("it was written just now");
         tried += 1;
     }
     assert!(tried >= 18, "there are 70 in all: {tried}");

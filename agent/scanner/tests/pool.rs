@@ -211,7 +211,8 @@ fn what_was_not_looked_at_is_said_with_its_place() {
             names(&["all.tar", "inner.zip"]),
             SkipReason::Limit,
         ),
-        ("kind", limits, b"7z\xbc\xaf\x27\x1c needle".to_vec(), vec![], SkipReason::Unsupported),
+        ("kind", limits, b"Rar!\x1a\x07\x01\x00 needle".to_vec(), vec![], SkipReason::Unsupported),
+        ("broken", limits, b"7z\xbc\xaf\x27\x1c needle".to_vec(), vec![], SkipReason::Malformed),
         ("size", ScanLimits { file_bytes: 5, ..limits }, b"needle-47".to_vec(), vec![], SkipReason::Limit),
     ] {
         let begun = Instant::now();

@@ -83,11 +83,14 @@ impl<'a> End<'a> {
                 Self::new(TaskState::Cancelled, None, What::Treatment(*tally))
             }
             Outcome::TreatedUntilDeadline(tally) if fits(tally, head) => {
-                let failure = Failure::new("deadline", "the task took longer than its order allows");
-                Self::new(TaskState::Failed, Some(failure), What::Treatment(*tally))
+                Self::new(TaskState::Failed, Some(too_late()), What::Treatment(*tally))
+            }
+            Outcome::ScannedUntilDeadline(coverage) if is_scan && !head.dry_run => {
+                Self::new(TaskState::Failed, Some(too_late()), What::Scan(coverage))
             }
             Outcome::Scanned(_)
             | Outcome::Quoted(_)
+            | Outcome::ScannedUntilDeadline(_)
             | Outcome::Treated(_)
             | Outcome::TreatedUntilCancelled(_)
             | Outcome::TreatedUntilDeadline(_) => {
@@ -137,6 +140,10 @@ impl<'a> End<'a> {
     const fn new(state: TaskState, failure: Option<Failure>, what: What<'a>) -> Self {
         Self { state, failure, what, detail: None }
     }
+}
+
+fn too_late() -> Failure {
+    Failure::new("deadline", "the task took longer than its order allows")
 }
 
 /// Whether a sum answers the order: a real one to a real order of a kind that has sums.

@@ -106,9 +106,12 @@ pub(super) struct Piece {
     pub(super) bytes: Vec<u8>,
 }
 
+/// Makes a piece of a size.
+type Make = fn(usize, &mut Dice) -> Vec<u8>;
+
 /// All pieces, some 13 MB, by size.
 pub(super) fn pieces() -> Vec<Piece> {
-    let kinds: [(&str, fn(usize, &mut Dice) -> Vec<u8>); 7] = [
+    let kinds: [(&str, Make); 7] = [
         ("text", text),
         ("a script", script),
         ("an ELF program", elf),

@@ -220,15 +220,15 @@ fn tell<'a>(remarks: &mut Vec<Remark>, rules: impl Iterator<Item = &'a Rule>, ru
         run.worst.1
     );
     let rules: Vec<&Rule> = rules.collect();
-    let mut is_told = false;
-    for remark in remarks.iter_mut().filter(|remark| rules.iter().any(|rule| rule.name == remark.rule)) {
+    let mut own: Vec<&mut Remark> =
+        remarks.iter_mut().filter(|remark| rules.iter().any(|rule| rule.name == remark.rule)).collect();
+    // What is known to be worst has the cost; the others stay what they are.
+    let worst = own.iter().position(|remark| remark.very).unwrap_or(0);
+    let is_told = own.get_mut(worst).is_some_and(|remark| {
         remark.very |= is_very;
-        // Once for each rule is enough.
-        if !is_told {
-            remark.reason = format!("{} ({cost})", remark.reason);
-            is_told = true;
-        }
-    }
+        remark.reason = format!("{} ({cost})", remark.reason);
+        true
+    });
     let public = rules.iter().rev().find(|rule| !rule.is_private).or(rules.last());
     if let Some(rule) = public.filter(|_| !is_told) {
         let with = if rules.len() > 1 { ", with the rules it goes with" } else { "" };

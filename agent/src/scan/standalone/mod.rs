@@ -365,8 +365,8 @@ pub(crate) fn check(args: &CheckArgs) -> ExitCode {
     let (lines, code) = check_lines(&args.file, args.force);
     let mut out = io::stdout().lock();
     // Rules and what the compiler quotes of them are whatever somebody wrote.
-    let lines = lines.iter().map(|line| tm_protocol::text::escape_for_display(line));
-    match lines.map(|line| writeln!(out, "{line}")).collect::<io::Result<()>>().and_then(|()| out.flush()) {
+    let mut lines = lines.iter().map(|line| tm_protocol::text::escape_for_display(line));
+    match lines.try_for_each(|line| writeln!(out, "{line}")).and_then(|()| out.flush()) {
         Ok(()) => code,
         Err(error) => {
             complain(&format!("cannot write the results: {error}"));

@@ -4,6 +4,7 @@
 mod chance;
 mod fleet;
 mod incidents;
+mod looks;
 mod tasks;
 
 use sqlx::{AssertSqlSafe, Row as _};
