@@ -281,19 +281,22 @@ fn small(tag: &str, mib: u64) -> WorkerProgram {
     }
 }
 
-/// What `xz --format=lzma` makes of a short text, with a header that asks for a window of 128 MiB.
+/// 100 MiB of zeros as zstd (RFC 8878): a window of 128 MiB, and blocks of one byte repeated. The decoder keeps the
+/// window, and has it twice whenever it grows.
 fn hungry() -> Vec<u8> {
-    let mut file = hex::decode(
-        "5d00000400ffffffffffffffff00371bcaef20fd66b33aa98a26b859012c63d64677c41c8fd3d6bf1b871fffea32c000",
-    )
-    .unwrap();
-    file[1..5].copy_from_slice(&(128_u32 << 20).to_le_bytes());
+    const BLOCKS: usize = 800;
+    let mut file = b"\x28\xb5\x2f\xfd\x00\x88".to_vec();
+    for block in 1..=BLOCKS {
+        let header = 128 << 10 << 3 | 1 << 1 | u32::from(block == BLOCKS);
+        file.extend(&header.to_le_bytes()[..3]);
+        file.push(0);
+    }
     file
 }
 
 #[test]
 fn more_memory_than_allowed_costs_one_item() {
-    let limits = ScanLimits::default();
+    let limits = ScanLimits { ratio: u32::MAX, ..ScanLimits::default() };
     let big = hungry();
     let files = || vec![file(b"nothing"), file(&big), file(b"a needle-47"), file(b"nothing either")];
     let patterns = [pattern("m", MARKER)];
@@ -310,7 +313,7 @@ fn more_memory_than_allowed_costs_one_item() {
 
 #[test]
 fn files_that_end_workers_do_not_keep_the_others_from_being_looked_at() {
-    let limits = ScanLimits::default();
+    let limits = ScanLimits { ratio: u32::MAX, ..ScanLimits::default() };
     let big = hungry();
     let files = (0..9).map(|n| if n < 5 { file(&big) } else { file(b"a needle-47") }).collect();
     let patterns = [pattern("other", "rule other { condition: false }"), pattern("m", MARKER)];
