@@ -68,6 +68,11 @@ impl<'a> Crews<'a> {
         !self.rest.is_empty()
     }
 
+    /// Whether the worker for `with` has been started.
+    pub(super) fn runs(&self, with: With) -> bool {
+        self.of(with).0.get().is_some()
+    }
+
     /// Starts the worker for `with` unless it runs, and has its results taken by `take` in a thread of its own.
     /// To be called from one thread only.
     ///
