@@ -1,5 +1,8 @@
 //! What a container is, told by its content.
 
+use std::sync::LazyLock;
+
+use aho_corasick::{AhoCorasick, MatchKind};
 use memchr::memmem;
 
 use super::{
@@ -177,15 +180,44 @@ fn embedded(bytes: &[u8]) -> Option<Found> {
     if !bytes.starts_with(b"MZ") && !bytes.starts_with(b"\x7fELF") {
         return None;
     }
-    let at = |mark: &[u8], is_right: fn(&[u8]) -> bool| {
-        memmem::find_iter(bytes, mark).find(|at| is_right(bytes.get(*at..).unwrap_or_default()))
-    };
-    at(b"7z\xbc\xaf\x27\x1c", |rest| {
-        field::le(rest, 8, 4) == rest.get(12..32).map(|header| u64::from(crc32fast::hash(header)))
-    })
-    .map(|at| Found { kind: Kind::SevenZip, at })
-    .or_else(|| at(b"MSCF\0\0\0\0", is_cab).map(|at| Found { kind: Kind::Cab, at }))
-    .or_else(|| at(b"Rar!\x1a\x07", is_rar).map(|at| Found { kind: Kind::Other, at }))
+    let mut first: [Option<usize>; CARRIED.len()] = [None; CARRIED.len()];
+    for mark in MARKS.find_iter(bytes) {
+        let kind = mark.pattern().as_usize();
+        let (Some((_, _, is_right)), Some(first)) = (CARRIED.get(kind), first.get_mut(kind)) else {
+            continue;
+        };
+        if first.is_none() && is_right(bytes.get(mark.start()..).unwrap_or_default()) {
+            *first = Some(mark.start());
+            if kind == 0 {
+                break;
+            }
+        }
+    }
+    first.into_iter().zip(CARRIED).find_map(|(at, (_, kind, _))| Some(Found { kind, at: at? }))
+}
+
+/// What [`embedded`] looks for in programs: how it begins, and whether its header is right. If there are several, the
+/// first one here counts.
+const CARRIED: [(&[u8], Kind, fn(&[u8]) -> bool); 3] = [
+    (b"7z\xbc\xaf\x27\x1c", Kind::SevenZip, is_sevenz),
+    (b"MSCF\0\0\0\0", Kind::Cab, is_cab),
+    (b"Rar!\x1a\x07", Kind::Other, is_rar),
+];
+
+/// Finds the beginnings of all of [`CARRIED`] in one pass, which costs a program's digest a twentieth of itself;
+/// three passes cost a third. None of them can overlap another.
+static MARKS: LazyLock<AhoCorasick> = LazyLock::new(|| {
+    AhoCorasick::builder()
+        // The kind that has a vectorized search.
+        .match_kind(MatchKind::LeftmostFirst)
+        .build(CARRIED.map(|(mark, _, _)| mark))
+        .expect("three short marks make a small automaton")
+});
+
+/// A start header with a right checksum.
+fn is_sevenz(bytes: &[u8]) -> bool {
+    let crc = bytes.get(12..32).map(|header| u64::from(crc32fast::hash(header)));
+    crc.is_some() && field::le(bytes, 8, 4) == crc
 }
 
 /// Version 1.1 or later ones, and a length that is there.
