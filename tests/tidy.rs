@@ -25,7 +25,7 @@ const CRATES: [(&str, &[&str]); 9] = [
     ("tm-agent", &["tm-protocol", "tm-patterns", "tm-scanner"]),
     ("tm-manager", &["tm-protocol", "tm-patterns", "tm-api", "tm-scanner"]),
     ("tm-tests", &["tm-protocol", "tm-api"]),
-    ("xtask", &[]),
+    ("xtask", &["tm-patterns"]),
 ];
 
 /// Which rooms of the agent a room may use. Files beside the rooms (config, paths, …) are plumbing: the

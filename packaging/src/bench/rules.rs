@@ -1,4 +1,4 @@
-//! Makes rule sets of any size for benches, of the same mix as public ones.
+//! Makes rule sets and digest lists of any size for benches; the rules are of the same mix as public ones.
 //!
 //! Out of a hundred rules about 45 ask for several text strings (some wide, some without regard to case), 25 for
 //! hexadecimal strings with gaps, 15 for a regular expression with a literal in it, 10 for a property of an ELF or
@@ -8,29 +8,65 @@
 use std::{
     fmt::{self, Write as _},
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, ensure};
+use tm_patterns::Pattern;
 
-/// Which rules are used.
+/// Which rules and digests are used.
 #[derive(Debug, clap::Args)]
 pub(super) struct Rules {
     /// YARA rules: a file, or a folder whose `.yar` and `.yara` files are taken together.
-    #[arg(long, value_name = "FILE", conflicts_with = "generate", required_unless_present = "generate")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "generate",
+        required_unless_present_any = ["generate", "digests"]
+    )]
     rules: Option<PathBuf>,
     /// Make a set of so many rules instead, of the same mix as public sets.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     generate: Option<u32>,
+    /// A list of so many SHA-256 digests, in the form that agents hold; beside rules or alone.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    digests: Option<u32>,
 }
 
 impl Rules {
-    /// Their text.
+    /// Writes them into `folder`: files for `--pattern`.
+    ///
+    /// # Errors
+    /// If there are none, or they cannot be read or written.
+    pub(super) fn write(&self, folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        if self.are_rules() {
+            files.push((folder.join("rules.yar"), self.text()?.into_bytes()));
+        }
+        if let Some(count) = self.digests {
+            files.push((folder.join("list"), digest_list(count)?));
+        }
+        let write = |(file, bytes): (PathBuf, Vec<u8>)| {
+            fs::write(&file, bytes).with_context(|| format!("cannot write `{}`", file.display()))?;
+            Ok(file)
+        };
+        files.into_iter().map(write).collect()
+    }
+
+    /// Whether there are rules, and not digests alone.
+    pub(super) fn are_rules(&self) -> bool {
+        self.rules.is_some() || self.generate.is_some()
+    }
+
+    /// The rules' text.
     ///
     /// # Errors
     /// If there are none or they cannot be read.
     pub(super) fn text(&self) -> anyhow::Result<String> {
-        let Some(path) = &self.rules else { return Ok(generate(self.generate.unwrap_or(1), 1)) };
+        let Some(path) = &self.rules else {
+            let count = self.generate.context("there are no rules, only digests")?;
+            return Ok(generate(count, 1));
+        };
         if path.is_file() {
             return fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()));
         }
@@ -55,10 +91,33 @@ impl Rules {
 impl fmt::Display for Rules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.rules, self.generate) {
-            (Some(path), _) => write!(f, "rules of {}", path.file_name().unwrap_or_default().display()),
-            (None, count) => write!(f, "{} generated rules", count.unwrap_or(1)),
+            (Some(path), _) => write!(f, "rules of {}", path.file_name().unwrap_or_default().display())?,
+            (None, Some(count)) => write!(f, "{count} generated rules")?,
+            (None, None) => {}
+        }
+        match self.digests {
+            Some(count) if self.are_rules() => write!(f, " and {count} digests"),
+            Some(count) => write!(f, "{count} digests"),
+            None => Ok(()),
         }
     }
+}
+
+/// A list of `count` SHA-256 digests that no file has, compiled, as agents hold it.
+///
+/// # Errors
+/// If there is no memory for it.
+pub(super) fn digest_list(count: u32) -> anyhow::Result<Vec<u8>> {
+    let mut text = String::new();
+    let mut numbers = Numbers::new(11);
+    for _ in 0..count {
+        for _ in 0..4 {
+            let _ = write!(text, "{:016x}", numbers.next());
+        }
+        text.push('\n');
+    }
+    let list = Pattern::new("list", text.into_bytes()).context("the list is refused")?;
+    list.to_bytes().context("cannot read the list back")
 }
 
 /// Words that are in many files; a rule may ask for one beside its own.

@@ -8,6 +8,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::{self, Write as _},
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -38,7 +39,7 @@ pub(crate) struct Scan {
     small: Option<u32>,
     #[command(flatten)]
     rules: Rules,
-    /// Other scanners to run in turn; each must be installed (`yr` by `cargo install yara-x-cli`).
+    /// Other programs to run in turn; each must be installed (`yr` by `cargo install yara-x-cli`).
     #[arg(long, value_delimiter = ',', value_name = "PROGRAM")]
     against: Vec<Peer>,
     /// Scanning threads, of every program.
@@ -66,6 +67,8 @@ enum Peer {
     Yara,
     /// `ClamAV` (reads most YARA rules, counts files rather than rules).
     Clamscan,
+    /// `RHash`: computes SHA-256 and looks nothing up.
+    Rhash,
 }
 
 impl Peer {
@@ -74,10 +77,19 @@ impl Peer {
             Self::Yr => "yr",
             Self::Yara => "yara",
             Self::Clamscan => "clamscan",
+            Self::Rhash => "rhash",
         }
     }
 
-    fn command(self, what: &Scan, files: &Path, rules: &Path) -> Command {
+    /// Whether it takes rules.
+    const fn takes_rules(self) -> bool {
+        match self {
+            Self::Yr | Self::Yara | Self::Clamscan => true,
+            Self::Rhash => false,
+        }
+    }
+
+    fn command(self, what: &Scan, files: &Path, names: &Path, rules: &Path) -> Command {
         let threads = what.threads.to_string();
         let mut command = Command::new(self.program());
         match self {
@@ -90,6 +102,11 @@ impl Peer {
                     command.arg("--scan-archive=no");
                 }
                 command.args(["-r", "--infected", "--no-summary", "--database"]).arg(rules)
+            }
+            // By itself it would follow links, and read what they lead to twice.
+            Self::Rhash => {
+                command.args(["--sha256", "--file-list"]).arg(names);
+                return command;
             }
         };
         command.arg(files);
@@ -107,6 +124,7 @@ impl Peer {
                 let (path, name) = line.strip_suffix(" FOUND")?.rsplit_once(": ")?;
                 Some((name.to_owned(), path.to_owned()))
             }
+            Self::Rhash => None,
         }
     }
 }
@@ -132,12 +150,14 @@ impl Figures {
 pub(crate) fn scan(what: &Scan) -> anyhow::Result<()> {
     for peer in &what.against {
         ensure!(programs::is_installed(peer.program()), "`{}` is not installed", peer.program());
+        let fits = what.rules.are_rules() || !peer.takes_rules();
+        ensure!(fits, "`{}` takes rules, and there are only digests", peer.program());
     }
     let bins = what.build.folder(&["tm-agent"])?;
     let folder =
         tempfile::Builder::new().prefix("tm-bench-").tempdir().context("cannot make a throwaway folder")?;
-    let rules = folder.path().join("rules.yar");
-    fs::write(&rules, what.rules.text()?).context("cannot write the rules")?;
+    let patterns = what.rules.write(folder.path())?;
+    let rules = patterns.first().context("there are patterns")?;
     let files = match (&what.files, what.small) {
         (Some(files), _) => files.clone(),
         (None, count) => make_small(&folder.path().join("files"), count.unwrap_or(1))?,
@@ -146,13 +166,15 @@ pub(crate) fn scan(what: &Scan) -> anyhow::Result<()> {
     ensure!(count > 0, "there are no files in `{}`", files.display());
     let one = make_small(&folder.path().join("one"), 1)?;
 
+    let names = folder.path().join("names");
     let run_all = |files: &Path, rounds: u32| -> anyhow::Result<Vec<Run>> {
+        write_names(files, &names)?;
         let mut best: Vec<Run> = Vec::new();
         for round in 1..=rounds {
             eprintln!("Round {round} of {rounds}");
-            let mut all = vec![agent(&bins, what.threads, what.archives, &[&rules], files, None)?];
+            let mut all = vec![agent(&bins, what.threads, what.archives, &patterns, files, None)?];
             for peer in &what.against {
-                let command = peer.command(what, files, &rules);
+                let command = peer.command(what, files, &names, rules);
                 all.push(measure(peer.program(), command, |line| Ok(peer.finding(line)))?);
             }
             for (at, run) in all.into_iter().enumerate() {
@@ -181,19 +203,19 @@ pub(crate) fn scan(what: &Scan) -> anyhow::Result<()> {
     }
 }
 
-/// The agent's scan of `files` with `rules`; with `cache`, it remembers there what is clean.
+/// The agent's scan of `files` with `patterns`; with `cache`, it remembers there what is clean.
 pub(super) fn agent(
     bins: &Path,
     threads: u16,
     archives: bool,
-    rules: &[&Path],
+    patterns: &[PathBuf],
     files: &Path,
     cache: Option<&Path>,
 ) -> anyhow::Result<Run> {
     let mut command = Command::new(bins.join("tm-agent"));
     command.args(["scan", "--standalone", "-o", "json", "--threads", &threads.to_string()]);
-    for rules in rules {
-        command.arg("--pattern").arg(rules);
+    for pattern in patterns {
+        command.arg("--pattern").arg(pattern);
     }
     if let Some(cache) = cache {
         command.arg("--cache").arg(cache);
@@ -242,6 +264,24 @@ fn make_small(folder: &Path, count: u32) -> anyhow::Result<PathBuf> {
 /// Regular files below a folder, and their bytes. Links are not followed.
 pub(super) fn count(folder: &Path) -> anyhow::Result<(u64, u64)> {
     let (mut files, mut bytes) = (0, 0);
+    each_file(folder, |_, size| {
+        files += 1;
+        bytes += size;
+    })?;
+    Ok((files, bytes))
+}
+
+/// Writes the paths of all regular files below a folder, one a line.
+fn write_names(folder: &Path, names: &Path) -> anyhow::Result<()> {
+    let mut lines = Vec::new();
+    each_file(folder, |path, _| {
+        lines.extend_from_slice(path.as_os_str().as_bytes());
+        lines.push(b'\n');
+    })?;
+    fs::write(names, lines).context("cannot write the files' names")
+}
+
+fn each_file(folder: &Path, mut take: impl FnMut(&Path, u64)) -> anyhow::Result<()> {
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
         let entries = fs::read_dir(&folder).with_context(|| format!("cannot read `{}`", folder.display()))?;
@@ -252,12 +292,11 @@ pub(super) fn count(folder: &Path) -> anyhow::Result<(u64, u64)> {
             if facts.is_dir() {
                 folders.push(entry.path());
             } else if facts.is_file() {
-                files += 1;
-                bytes += facts.len();
+                take(&entry.path(), facts.len());
             }
         }
     }
-    Ok((files, bytes))
+    Ok(())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "sizes of what is on a disk")]
@@ -326,6 +365,12 @@ fn table(what: &Scan, files: u64, bytes: u64, all: &[Figures]) -> anyhow::Result
             other.scan.cpu_s / whole,
             other.program
         )?;
+    }
+    let others = all.get(1..).unwrap_or_default();
+    if others.len() > 1 {
+        let sum: f64 = others.iter().map(Figures::looking_s).sum();
+        let own = all.first().map_or(1.0, Figures::looking_s);
+        writeln!(out, "\nthe agent is {:.2} times as fast as these one after the other", sum / own)?;
     }
     Ok(())
 }
