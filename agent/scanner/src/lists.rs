@@ -44,8 +44,10 @@ pub(crate) struct Streamed {
 /// Maps a list that came as an open file.
 pub(crate) fn map(file: &impl std::os::fd::AsFd) -> io::Result<Mmap> {
     #[expect(unsafe_code, reason = "lists are shared between workers")]
-    // SAFETY: the file is sealed by the parent that made it: nobody can change or cut it. The map is private and
-    // read-only because older kernels allow no other one of a sealed file; its pages are shared all the same.
+    // SAFETY: the map is only read. The file is sealed by the parent, or is one that only the parent's user may write
+    // to: should that one change it, look-ups find what is there then, and cutting it ends this process by SIGBUS,
+    // which the pool outlives. The map is private and read-only because older kernels allow no other one of a sealed
+    // file; its pages are shared all the same.
     unsafe {
         memmap2::MmapOptions::new().map_copy_read_only(&file.as_fd())
     }
@@ -126,7 +128,7 @@ impl Lists {
         for list in self.0.iter() {
             for digest in digests {
                 let Some(found) = list.compiled.find(digest, size) else { continue };
-                let rule = if found.name.is_empty() { digest.to_string() } else { found.name.to_owned() };
+                let rule = if found.name.is_empty() { digest.to_string() } else { found.name };
                 let hit = (list.pattern, rule);
                 // A list may name one file by several digests.
                 if !hits.contains(&hit) {

@@ -101,7 +101,7 @@ pub(crate) fn all_kept(paths: &Paths, most: usize) -> (Vec<Pattern>, u32) {
         }
         let wanted = PatternRef { sha256, size, name: sha256.to_string() };
         let file = File::open(place(paths, sha256)).ok();
-        let whole = file.and_then(|file| Pattern::verified(&wanted, file).ok());
+        let whole = file.and_then(|file| Pattern::verified_file(&wanted, file).ok());
         if let Some(pattern) = whole {
             left = left.saturating_sub(usize::try_from(size).unwrap_or(usize::MAX));
             patterns.push(pattern);
@@ -120,7 +120,7 @@ fn read(paths: &Paths, wanted: &PatternRef) -> Option<Pattern> {
     if usize::try_from(file.metadata().ok()?.len()).ok()? > MAX_STORED {
         return None;
     }
-    let pattern = Pattern::verified(wanted, &file).ok()?;
+    let pattern = Pattern::verified_file(wanted, file.try_clone().ok()?).ok()?;
     // By this it is known which are in use; without it one is fetched again some day.
     let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
     let as_it_is = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };

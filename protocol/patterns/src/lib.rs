@@ -12,7 +12,9 @@ pub mod digests;
 mod kind;
 
 use std::{
+    fs::File,
     io::{self, Read},
+    os::unix::fs::FileExt as _,
     sync::Arc,
 };
 
@@ -152,6 +154,18 @@ impl Pattern {
         Ok(Imported { pattern, list: None })
     }
 
+    /// As [`Self::read`], from the start of `file`. A compiled list of one's own is not copied ([`Image::of_file`]).
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_file(name: impl Into<String>, file: File) -> Result<Imported, ReadError> {
+        if begins_compiled(&file) {
+            let pattern = Self::compiled(name.into(), Image::of_file(file)?);
+            return Ok(Imported { pattern, list: None });
+        }
+        Self::read(name, file)
+    }
+
     /// As [`Self::read`], out of memory.
     ///
     /// # Errors
@@ -170,6 +184,20 @@ impl Pattern {
         }
     }
 
+    /// As [`Self::verified`], from the start of `file`. A compiled list of one's own is not copied
+    /// ([`Image::of_file`]).
+    ///
+    /// # Errors
+    /// As [`Self::verified`].
+    pub fn verified_file(expected: &PatternRef, file: File) -> Result<Self, ReadError> {
+        if !begins_compiled(&file) {
+            return Self::verified(expected, file);
+        }
+        let image = Image::of_file(file)?;
+        expect(expected, image.sha256())?;
+        Ok(Self::compiled(expected.name.clone(), image))
+    }
+
     /// Takes bytes that must be exactly the pattern that `expected` names: rule text or a compiled list.
     ///
     /// # Errors
@@ -178,19 +206,15 @@ impl Pattern {
         let mut bytes = Vec::new();
         let got = take(&mut source, FIRST, &mut bytes)?;
         let name = expected.name.clone();
-        let check = |found: Sha256| {
-            let differs = InvalidPattern::Digest { expected: expected.sha256, found };
-            if found == expected.sha256 { Ok(()) } else { Err(differs) }
-        };
         if is_compiled(&bytes) {
             let image = Image::read(bytes.as_slice().chain(source))?;
-            check(image.sha256())?;
+            expect(expected, image.sha256())?;
             return Ok(Self::compiled(name, image));
         }
         if got == FIRST {
             take(&mut source, MAX_SIZE + 1 - FIRST, &mut bytes)?;
         }
-        check(Sha256::of(&bytes))?;
+        expect(expected, Sha256::of(&bytes))?;
         // A list's text has no name of its own, so nobody can mean it; as rules it is refused.
         Ok(Self::rules(name, bytes)?)
     }
@@ -311,6 +335,19 @@ impl Pattern {
             name: self.name.clone(),
         }
     }
+}
+
+/// Whether `file` is a compiled list; one that cannot be read at a place, like a pipe, is read as it comes.
+fn begins_compiled(file: &File) -> bool {
+    let mut start = [0; 64];
+    let got = file.read_at(&mut start, 0).unwrap_or(0);
+    is_compiled(start.get(..got).unwrap_or_default())
+}
+
+/// Whether a digest is the one that was asked for.
+fn expect(expected: &PatternRef, found: Sha256) -> Result<(), InvalidPattern> {
+    let differs = InvalidPattern::Digest { expected: expected.sha256, found };
+    if found == expected.sha256 { Ok(()) } else { Err(differs) }
 }
 
 /// Appends up to `most` bytes of `source`; fewer only at its end.

@@ -440,7 +440,7 @@ enum PatternError {
 
 fn read_pattern(path: &Path) -> Result<Imported, PatternError> {
     let file = File::open(path).map_err(|source| PatternError::Read(bytes(path), source))?;
-    Pattern::read(bytes(path).to_string(), file).map_err(|error| match error {
+    Pattern::read_file(bytes(path).to_string(), file).map_err(|error| match error {
         ReadError::Read(source) => PatternError::Read(bytes(path), source),
         ReadError::Invalid(source) => PatternError::Invalid(bytes(path), source),
     })

@@ -20,10 +20,10 @@ pub struct Compiled<B> {
 }
 
 /// An entry that a digest and a size were found in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Hit<'a> {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hit {
     /// What people call it; may be empty. Hostile text: escape it where it is shown.
-    pub name: &'a str,
+    pub name: String,
 }
 
 impl<B: AsRef<[u8]>> Compiled<B> {
@@ -53,7 +53,7 @@ impl<B: AsRef<[u8]>> Compiled<B> {
     }
 
     /// The entry that is for `digest` and for `size` bytes, or else for any size.
-    pub fn find(&self, digest: &Digest, size: u64) -> Option<Hit<'_>> {
+    pub fn find(&self, digest: &Digest, size: u64) -> Option<Hit> {
         let table = self.table(digest.algorithm());
         let filter = self.part(table.filter_at, table.filter.length)?;
         if table.count == 0 || !table.filter.may_hold(filter, digest.as_bytes()) {
@@ -173,12 +173,12 @@ impl<B: AsRef<[u8]>> Compiled<B> {
         table.sizes_at.map_or(Some(ANY_SIZE), |at| self.long(at, index))
     }
 
-    fn name_of(&self, table: &Table, index: usize) -> Option<&str> {
+    fn name_of(&self, table: &Table, index: usize) -> Option<String> {
         let number = usize::try_from(self.word(table.names_at?, index)?).ok()?;
         self.name(number.checked_sub(1)?)
     }
 
-    fn name(&self, index: usize) -> Option<&str> {
+    fn name(&self, index: usize) -> Option<String> {
         let ends = self.layout.name_ends_at;
         let begin = match index.checked_sub(1).filter(|_| index < self.layout.names) {
             Some(previous) => self.word(ends, previous)?,
@@ -187,7 +187,8 @@ impl<B: AsRef<[u8]>> Compiled<B> {
         let end = self.word(ends, index).filter(|_| index < self.layout.names)?;
         let (begin, end) = (usize::try_from(begin).ok()?, usize::try_from(end).ok()?);
         let text = self.part(self.layout.text_at, self.layout.text)?;
-        std::str::from_utf8(text.get(begin..end)?).ok()
+        // A copy: whoever owns a list that is used where it lies could change it between the check and the use.
+        String::from_utf8(text.get(begin..end)?.to_vec()).ok()
     }
 }
 
@@ -222,7 +223,7 @@ mod tests {
         let list = Compiled::open(sample()).unwrap();
         list.check().unwrap();
         assert_eq!(list.counts().to_string(), "70 SHA-256, 2 SHA-1, 2 MD5");
-        let name = |digest, size| list.find(&digest, size).map(|hit| hit.name.to_owned());
+        let name = |digest, size| list.find(&digest, size).map(|hit| hit.name);
         assert_eq!(name(md5(1), 10).as_deref(), Some("Win.A"));
         assert_eq!(name(md5(1), 11), None, "its size differs");
         assert_eq!(name(md5(2), 11).as_deref(), Some("Win.B"));
@@ -242,7 +243,7 @@ mod tests {
         assert!(wants(Algorithm::Sha256, 0));
         let only = Compiled::open(compile(&"07".repeat(16))).unwrap();
         assert!(!only.wants(Algorithm::Sha256, 0), "there are none");
-        assert_eq!(only.find(&md5(7), 0), Some(Hit { name: "" }));
+        assert_eq!(only.find(&md5(7), 0), Some(Hit { name: String::new() }));
     }
 
     #[test]
@@ -256,7 +257,7 @@ mod tests {
         let list = Compiled::open(one).unwrap();
         assert_eq!(list.counts().total(), 3, "duplicates are one");
         let hit = list.find(&Digest::Sha256([0xaa; 32]), 0);
-        assert_eq!(hit, Some(Hit { name: "Trojan" }), "one that has a name is kept");
+        assert_eq!(hit, Some(Hit { name: "Trojan".to_owned() }), "one that has a name is kept");
     }
 
     #[test]
@@ -264,10 +265,10 @@ mod tests {
         let digest = "0a".repeat(16);
         let list = Compiled::open(compile(&format!("{digest}:5:five\n{digest}:7:seven\n"))).unwrap();
         let name = |size| list.find(&md5(10), size).map(|hit| hit.name);
-        assert_eq!([5, 6, 7].map(name), [Some("five"), None, Some("seven")]);
+        assert_eq!([5, 6, 7].map(name), [Some("five".to_owned()), None, Some("seven".to_owned())]);
         let list = Compiled::open(compile(&format!("{digest}:5:five\n{digest}:*:any\n"))).unwrap();
         let name = |size| list.find(&md5(10), size).map(|hit| hit.name);
-        assert_eq!([5, 6].map(name), [Some("five"), Some("any")]);
+        assert_eq!([5, 6].map(name), [Some("five".to_owned()), Some("any".to_owned())]);
     }
 
     /// Asks everything that can be asked.
@@ -356,7 +357,7 @@ mod tests {
             prop_assert_eq!(list.check(), Ok(()));
             for (digest, (size, name)) in &entries {
                 let found = list.find(&Digest::Sha1(*digest), size.unwrap_or(77));
-                prop_assert_eq!(found.map(|hit| hit.name), Some(name.as_str()));
+                prop_assert_eq!(found.map(|hit| hit.name), Some(name.clone()));
                 prop_assert!(size.is_none() || list.find(&Digest::Sha1(*digest), 1001).is_none());
             }
             for digest in others.iter().filter(|digest| !entries.contains_key(*digest)) {

@@ -1,14 +1,16 @@
-//! A compiled list in memory that nobody can change any more, to be mapped by scan workers.
+//! A compiled list that scan workers map: in memory, sealed, or where it lies.
 //!
-//! **Invariant:** the file has no name, is sealed against every change, and its header was read: its parts lie within
-//! it, and the digest at its end is right.
+//! **Invariant:** its header was read: its parts lie within it, and the digest at its end is right.
+//! **Invariant:** the file is sealed against every change, or belongs to the user of this process and nobody else may
+//! write to it. The latter saves copying, and memory that the kernel could not take back; whoever could change it
+//! all the same is that user or root.
 
 use std::{
     fs::File,
-    io::{self, Read, Write as _},
+    io::{self, Read, Seek as _, Write as _},
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::fs::FileExt as _,
+        unix::fs::{FileExt as _, MetadataExt as _},
     },
     sync::Arc,
 };
@@ -64,33 +66,29 @@ impl Image {
     ///
     /// # Errors
     /// If it cannot be read, is no compiled list or not whole, or there is no memory.
-    pub fn read(mut source: impl Read) -> Result<Self, ImageError> {
+    pub fn read(source: impl Read) -> Result<Self, ImageError> {
         let memory =
             |error: io::Error| ImageError::Memory(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM));
         let fd = memfd_create("tm-digests", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
         let mut file = File::from(fd.map_err(ImageError::Memory)?);
-        let (mut header, mut size, mut digests) = (Vec::with_capacity(HEADER), 0usize, Tail::default());
-        let mut chunk = vec![0; CHUNK];
-        loop {
-            let got = match source.read(&mut chunk) {
-                Ok(0) => break,
-                Ok(got) => chunk.get(..got).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(ImageError::Read(error)),
-            };
-            header.extend(got.iter().take(HEADER.saturating_sub(header.len())));
-            size = size.saturating_add(got.len());
-            if size > MAX_COMPILED {
-                return Err(InvalidCompiled::TooLarge.into());
-            }
-            digests.update(got);
-            file.write_all(got).map_err(memory)?;
-        }
-        let layout = Layout::read(&header, size)?;
-        let sha256 = digests.finish().ok_or(InvalidCompiled::Damaged("its digest differs"))?;
+        let read = check(source, |bytes| file.write_all(bytes).map_err(memory))?;
         let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
         fcntl_add_seals(&file, seals).map_err(ImageError::Memory)?;
-        Ok(Self { file: Arc::new(file), size, sha256, counts: layout.counts() })
+        Ok(read.image(file))
+    }
+
+    /// Takes a compiled list that is all of `file`, from its start, wherever that stands: as it lies if only this
+    /// process's user may write to it, else as [`Self::read`] does.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn of_file(mut file: File) -> Result<Self, ImageError> {
+        file.rewind().map_err(ImageError::Read)?;
+        if !is_own(&file).map_err(ImageError::Read)? {
+            return Self::read(file);
+        }
+        let read = check(&file, |_| Ok(()))?;
+        Ok(read.image(file))
     }
 
     /// How many entries there are.
@@ -123,6 +121,52 @@ impl AsFd for Image {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Whether nobody but this process's user may write to the file. Who has it open for writing already was allowed to.
+fn is_own(file: &File) -> io::Result<bool> {
+    let facts = file.metadata()?;
+    Ok(facts.is_file() && facts.mode() & 0o022 == 0 && facts.uid() == rustix::process::geteuid().as_raw())
+}
+
+/// What a list's bytes tell of it.
+struct Checked {
+    size: usize,
+    sha256: Sha256,
+    counts: Counts,
+}
+
+impl Checked {
+    fn image(self, file: File) -> Image {
+        Image { file: Arc::new(file), size: self.size, sha256: self.sha256, counts: self.counts }
+    }
+}
+
+/// Reads a list to its end in one pass, and gives its bytes on to `keep`.
+fn check(
+    mut source: impl Read,
+    mut keep: impl FnMut(&[u8]) -> Result<(), ImageError>,
+) -> Result<Checked, ImageError> {
+    let (mut header, mut size, mut digests) = (Vec::with_capacity(HEADER), 0usize, Tail::default());
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let got = match source.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(got) => chunk.get(..got).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(ImageError::Read(error)),
+        };
+        header.extend(got.iter().take(HEADER.saturating_sub(header.len())));
+        size = size.saturating_add(got.len());
+        if size > MAX_COMPILED {
+            return Err(InvalidCompiled::TooLarge.into());
+        }
+        digests.update(got);
+        keep(got)?;
+    }
+    let counts = Layout::read(&header, size)?.counts();
+    let sha256 = digests.finish().ok_or(InvalidCompiled::Damaged("its digest differs"))?;
+    Ok(Checked { size, sha256, counts })
 }
 
 /// Digests of all bytes, and of all but the last ones, which hold the latter.
@@ -190,6 +234,26 @@ mod tests {
             assert_eq!(image.to_vec().unwrap(), bytes);
             assert!(image.file.write_all_at(b"x", 0).is_err());
             assert!(image.file.set_len(0).is_err() && image.file.set_len(1 << 20).is_err());
+        }
+    }
+
+    #[test]
+    fn a_list_of_ones_own_is_used_as_it_lies_and_any_other_is_copied() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let (bytes, mut file) = (compiled(), tempfile::NamedTempFile::new().unwrap());
+        file.write_all(&bytes).unwrap();
+        let of = |mode: u32| {
+            file.as_file().set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
+            Image::of_file(File::open(file.path()).unwrap()).unwrap()
+        };
+        let inode = |image: &Image| image.file.metadata().unwrap().ino();
+        let own = file.as_file().metadata().unwrap().ino();
+        let (as_it_lies, copied) = (of(0o600), of(0o620));
+        assert_eq!(inode(&as_it_lies), own);
+        assert_ne!(inode(&copied), own);
+        for image in [as_it_lies, copied] {
+            assert_eq!(image.sha256(), Sha256::of(&bytes));
+            assert_eq!(image.to_vec().unwrap(), bytes);
         }
     }
 
