@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod cli;
+mod clock;
 mod config;
 mod connection;
 mod daemon;
@@ -10,6 +11,7 @@ mod enroll;
 mod paths;
 mod platform;
 mod records;
+mod renewal;
 mod scan;
 mod tasks;
 mod tls;

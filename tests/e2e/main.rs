@@ -2,6 +2,7 @@
 //!
 //! Every test has a control: it shows first that what it will find missing would have been seen.
 
+mod certificates;
 mod cleanup;
 mod coverage;
 mod enroll;

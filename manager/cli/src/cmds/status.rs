@@ -71,6 +71,7 @@ const fn commands(query: Query) -> &'static [&'static str] {
         ],
         Query::Disconnected => &["see who:   tmctl endpoint list --query disconnected"],
         Query::AgentInstalled => &["see who:   tmctl endpoint list --query agent-installed"],
+        Query::Agentless => &["see who:   tmctl endpoint list --query agentless"],
         // Nothing has to be done about those.
         Query::Connected => &[],
     }
@@ -104,7 +105,7 @@ mod tests {
             "3 endpoints: 2 connected, 1 disconnected, 0 without an agent\n\
              4 incidents open, 1 task waiting for the endpoint, 0 tasks under way\n\n\
              needs-cleanup         0\nunresolved            0\nconnected             0\n\
-             disconnected          0\nagent-installed       0\n"
+             disconnected          0\nagent-installed       0\nagentless             0\n"
         );
         let text = text(&status([1, 0, 2, 1, 1], 3));
         assert!(text.contains("needs-cleanup         1  and 3 queued automatically\n"), "{text}");
