@@ -30,9 +30,11 @@ const CRATES: [(&str, &[&str]); 9] = [
 
 /// Which rooms of the agent a room may use. Files beside the rooms (config, paths, …) are plumbing: the
 /// composition root alone may know everything.
-const AGENT: [(&str, &[&str]); 6] = [
+const AGENT: [(&str, &[&str]); 7] = [
     ("platform", &[]),
     ("scan", &["platform"]),
+    // A user's scan is a scan whose files another process looks at.
+    ("local", &["platform", "scan"]),
     ("cleanup", &["platform", "vault"]),
     // `execute` hands each task to its room, and has patterns fetched for it.
     ("tasks", &["platform", "scan", "connection", "vault", "cleanup"]),

@@ -12,15 +12,13 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum, error::Erro
 use tm_protocol::{text::escape_for_display, token::EnrollmentToken};
 
 use crate::{
+    connection::fetch,
     daemon::{self, Status},
-    doctor, enroll,
+    doctor, enroll, local,
     paths::Paths,
     scan::standalone,
     vault,
 };
-
-/// A call that makes no sense, for `scan` (sysexits.h, `EX_USAGE`).
-const EXIT_SCAN_USAGE: u8 = 64;
 
 /// Finds malicious software on this endpoint.
 #[derive(Debug, Parser)]
@@ -33,7 +31,7 @@ struct Cli {
 #[derive(Debug, Args)]
 struct DataFolder {
     /// The agent's state folder
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-agent")]
+    #[arg(long, value_name = "DIR", default_value = local::DATA)]
     data: PathBuf,
 }
 
@@ -58,6 +56,9 @@ enum Command {
     Run {
         #[command(flatten)]
         folder: DataFolder,
+        /// Where users' scans come in [default: /run/tm-agent/scan.sock, or DIR/scan.sock with another --data DIR]
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
     },
     /// Show whether the agent runs, and its link to the manager
     Status {
@@ -68,12 +69,18 @@ enum Command {
         output: StatusFormat,
     },
     /// Look at files with patterns
-    #[command(
-        long_about = "Look at files with patterns, without the running agent and without a manager.\n\n\
+    #[command(long_about = "Look at files with patterns.\n\n\
+            Every user may scan what he can read. The running agent looks at the files, with all patterns that it \
+            holds; this command opens them, so the agent sees nothing that the user could not. What is found is \
+            told here and nowhere else, and nothing is done about it.\n\n\
+            With --standalone neither the running agent nor a manager is needed: the patterns are named by \
+            --pattern.\n\n\
             Exit code: 0 clean, 1 something was detected, 2 not everything could be looked at (or an error), \
             64 the call makes no sense.\n\n\
-            Example:\n  tm-agent scan --standalone --pattern rules.yar /srv"
-    )]
+            Examples:\n  \
+            tm-agent scan ~/Downloads\n  \
+            tm-agent scan -o json /srv > found.json\n  \
+            tm-agent scan --standalone --pattern rules.yar /srv")]
     Scan(Box<standalone::Args>),
     /// Try patterns without using them
     #[command(subcommand)]
@@ -93,7 +100,16 @@ enum Command {
         output: doctor::Format,
     },
     #[command(hide = true)]
-    ScanWorker,
+    ScanWorker {
+        /// Tells whose worker it is; it means nothing to the worker
+        #[arg(long)]
+        mark: Option<String>,
+    },
+    #[command(hide = true)]
+    ScanSession {
+        #[command(flatten)]
+        folder: DataFolder,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell to complete in
@@ -122,26 +138,31 @@ pub(crate) fn run() -> ExitCode {
             return if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
                 ExitCode::SUCCESS
             } else if std::env::args_os().nth(1).is_some_and(|verb| verb == "scan") {
-                ExitCode::from(EXIT_SCAN_USAGE)
+                ExitCode::from(standalone::EXIT_USAGE)
             } else {
                 ExitCode::from(2)
             };
         }
     };
     match cli.command {
-        Command::Scan(args) => standalone::run(&args),
+        Command::Scan(args) if args.standalone => standalone::run(&args),
+        Command::Scan(args) => local::scan(&args),
         Command::Pattern(PatternCommand::Check(args)) => standalone::check(&args),
         Command::Vault(command) => vault::standalone::run(&command),
         Command::Enroll { folder, token, token_file } => {
             finish(enroll_here(folder.data, token, token_file.as_deref()))
         }
-        Command::Run { folder } => finish(run_daemon(folder.data)),
+        Command::Run { folder, socket } => {
+            let socket = socket.unwrap_or_else(|| local::socket_of(&folder.data));
+            finish(run_daemon(folder.data, &socket))
+        }
         Command::Status { folder, output } => match status(&Paths::new(folder.data), output) {
             Ok(code) => code,
             Err(error) => finish(Err(error)),
         },
         Command::Doctor { output } => doctor::run(output),
-        Command::ScanWorker => tm_scanner::worker::main(),
+        Command::ScanWorker { mark: _ } => tm_scanner::worker::main(),
+        Command::ScanSession { folder } => finish(serve_user(folder.data)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tm-agent", &mut io::stdout());
             ExitCode::SUCCESS
@@ -191,12 +212,28 @@ fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> any
     Ok(())
 }
 
-fn run_daemon(data: PathBuf) -> anyhow::Result<()> {
+/// The scan of one user, in a process that the running agent starts.
+fn serve_user(data: PathBuf) -> anyhow::Result<()> {
+    log()?;
+    let paths = Paths::new(data);
+    local::serve(|| {
+        let (patterns, left_out) = fetch::all_kept(&paths, local::MOST_PATTERN_BYTES);
+        local::Held { patterns, left_out }
+    });
+    Ok(())
+}
+
+fn log() -> anyhow::Result<()> {
     let filter = std::env::var("TM_LOG").unwrap_or_else(|_| "info".to_owned());
     let filter = tracing_subscriber::EnvFilter::try_new(filter).context("TM_LOG is not a log filter")?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    Ok(())
+}
+
+fn run_daemon(data: PathBuf, socket: &Path) -> anyhow::Result<()> {
+    log()?;
     let runtime = runtime()?;
-    let done = runtime.block_on(daemon::run(Paths::new(data)));
+    let done = runtime.block_on(daemon::run(Paths::new(data), socket));
     // A scan that is being called off may take a moment; the agent's end does not wait for it.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     Ok(done?)

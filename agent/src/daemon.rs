@@ -7,6 +7,8 @@ use std::{
     fs::{File, OpenOptions},
     io::{Read as _, Seek as _, Write as _},
     os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -38,6 +40,7 @@ use crate::{
     config::Config,
     connection::{self, ConnectError, Link, backoff},
     enroll::Enrolled,
+    local,
     paths::{Paths, replace},
     platform::facts,
     renewal,
@@ -115,8 +118,8 @@ pub(crate) enum DaemonError {
     Signals(#[source] std::io::Error),
 }
 
-/// Runs until it is told to end.
-pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
+/// Runs until it is told to end; users' scans come in at `socket`.
+pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> {
     let _lock = lock(&paths)?;
     let (config, config_fault) = match Config::load(&paths) {
         Ok(config) => (config, None),
@@ -174,6 +177,7 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
     agent.care();
     agent.write_status();
     acts.into_iter().for_each(|act| agent.perform(act));
+    let _users = serve_users(&agent.paths, socket);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(endpoint = %agent.enrolled.endpoint, "The agent runs.");
     tokio::select! {
@@ -187,6 +191,26 @@ pub(crate) async fn run(paths: Paths) -> Result<(), DaemonError> {
     let _ = std::fs::remove_file(agent.paths.status());
     tracing::info!("The agent ends.");
     Ok(())
+}
+
+/// Scans for this endpoint's users, until it is dropped. An agent that cannot does everything else.
+fn serve_users(paths: &Paths, socket: &Path) -> Option<local::Server> {
+    let data = paths.root().to_owned();
+    let start = move || {
+        let mut command = Command::new("/proc/self/exe");
+        command.args(["scan-session", "--data"]).arg(&data).env_clear().stdout(Stdio::null());
+        if let Some(filter) = std::env::var_os("TM_LOG") {
+            command.env("TM_LOG", filter);
+        }
+        command
+    };
+    let server = local::Server::start(socket, local::Limits::default(), Box::new(start));
+    server
+        .inspect_err(|error| {
+            let error = escape_for_display(&connection::chain(error));
+            tracing::error!(error, "Users cannot scan through this agent.");
+        })
+        .ok()
 }
 
 /// Whether an agent holds the folder.

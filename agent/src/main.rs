@@ -8,6 +8,7 @@ mod connection;
 mod daemon;
 mod doctor;
 mod enroll;
+mod local;
 mod paths;
 mod platform;
 mod records;

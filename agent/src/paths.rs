@@ -70,6 +70,11 @@ impl Paths {
         self.root.join("seen")
     }
 
+    /// What past scans have cost.
+    pub(crate) fn costs(&self) -> PathBuf {
+        self.root.join("costs")
+    }
+
     /// Removed files, encrypted.
     pub(crate) fn vault(&self) -> PathBuf {
         self.root.join("vault")

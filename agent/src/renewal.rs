@@ -14,7 +14,6 @@ use rustls::ClientConfig;
 use tm_protocol::{
     address::Address,
     message::{Renew, Renewed, ToAgent, ToManager},
-    report::Failure,
 };
 use tokio::time::timeout;
 
@@ -120,11 +119,6 @@ pub(crate) async fn ask_late(
         }
     };
     timeout(ANSWER, asked).await.map_err(|_| ConnectError::Timeout)?
-}
-
-/// What a failed renewal is called where people look.
-pub(crate) fn failure(why: &str) -> Failure {
-    Failure::new("renewal-failed", why)
 }
 
 #[cfg(test)]

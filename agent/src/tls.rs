@@ -126,7 +126,7 @@ impl ServerCertVerifier for ManagerVerifier {
         let verify = |at: UnixTime| {
             verify_server_cert_signed_by_trust_anchor(&certificate, &roots, &[], at, self.algorithms.all)
         };
-        judge(verify, now, known, begins(end_entity))?;
+        judge(verify, now, known, begins(end_entity), built())?;
         let wrong = || TlsError::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
         let identity = identity_of(end_entity).ok_or_else(wrong)?;
         let ours = match &self.pin {
@@ -173,19 +173,26 @@ fn begins(certificate: &CertificateDer<'_>) -> Option<UnixTime> {
     Some(UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
 }
 
-/// Verifies at the system's time, which is at least what a manager said, and at least when the certificate began:
-/// our authority signs nothing ahead of its time, so that its signature shows that that moment has passed. If the
-/// system's clock makes it an ended one, what a manager said decides.
+/// When this program was built.
+fn built() -> UnixTime {
+    let seconds = env!("TM_BUILT_S").parse().unwrap_or(0);
+    UnixTime::since_unix_epoch(Duration::from_secs(seconds))
+}
+
+/// Verifies at the system's time, which is at least when this program was `built`, what a manager said, and when the
+/// certificate began: our authority signs nothing ahead of its time, so that its signature shows that that moment
+/// has passed. If that makes it an ended one, what a manager said decides.
 fn judge(
     verify: impl Fn(UnixTime) -> Result<(), TlsError>,
     system: UnixTime,
     known: Option<UnixTime>,
     begins: Option<UnixTime>,
+    built: UnixTime,
 ) -> Result<(), TlsError> {
     let at_least = |a: UnixTime, b: Option<UnixTime>| {
         UnixTime::since_unix_epoch(Duration::from_secs(a.as_secs().max(b.map_or(0, |b| b.as_secs()))))
     };
-    let first = at_least(at_least(system, known), begins);
+    let first = at_least(at_least(at_least(system, Some(built)), known), begins);
     match verify(first) {
         Err(TlsError::InvalidCertificate(
             CertificateError::Expired | CertificateError::ExpiredContext { .. },
@@ -240,8 +247,12 @@ mod tests {
             (1500, Some(1100), false),
             (1010, Some(1100), false),
         ] {
-            let judged = judge(verify, day(system), known.map(day), Some(day(1000)));
+            let judged = judge(verify, day(system), known.map(day), Some(day(1000)), day(900));
             assert_eq!(judged.is_ok(), good, "{system} {known:?}");
         }
+        // A clock that stands before this program was made cannot bring an ended certificate back.
+        assert!(judge(verify, day(1050), None, Some(day(1000)), day(1100)).is_err());
+        assert!(judge(verify, day(1050), None, Some(day(1000)), day(1080)).is_ok());
+        assert!(built() > day(20_000), "the date of the build is known");
     }
 }

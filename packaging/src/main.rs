@@ -55,6 +55,13 @@ enum Bench {
     Push(bench::Push),
     /// Scan a folder with the agent and with other scanners, in turn.
     Scan(bench::Scan),
+    /// Scan a folder twice with the agent, which remembers what is clean, and then with a new pattern.
+    Again(bench::Again),
+    /// Look at the memory of a process with the agent and with `yara`.
+    Processes(bench::Processes),
+    /// Hold memory until the input ends: the process that the bench of processes looks at.
+    #[command(hide = true)]
+    Hold(bench::Hold),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +70,9 @@ fn main() -> ExitCode {
         Command::Test { long } => return test::run(long),
         Command::Bench { what: Bench::Push(what) } => bench::push(what),
         Command::Bench { what: Bench::Scan(what) } => bench::scan(&what),
+        Command::Bench { what: Bench::Again(what) } => bench::again(&what),
+        Command::Bench { what: Bench::Processes(what) } => bench::processes(&what),
+        Command::Bench { what: Bench::Hold(what) } => bench::hold(&what),
         Command::Man { dir } => manual::write(&dir),
     };
     match done {

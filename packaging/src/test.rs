@@ -3,6 +3,7 @@
 //! The runner's own summary stays the last thing but one line that is printed.
 
 use std::{
+    path::{Path, PathBuf},
     process::{Command, ExitCode, ExitStatus},
     time::Instant,
 };
@@ -12,7 +13,7 @@ use anyhow::Context as _;
 use crate::programs;
 
 /// A program that tests need, the package it comes in, and what cannot run without it.
-const NEEDED: [(&str, &str, &str); 7] = [
+const NEEDED: [(&str, &str, &str); 15] = [
     ("strace", "strace", "tests that watch or fail single system calls"),
     ("nft", "nftables", "tests of network rules"),
     ("faketime", "faketime", "tests with a wrong clock"),
@@ -20,12 +21,27 @@ const NEEDED: [(&str, &str, &str); 7] = [
     ("ip", "iproute2", "tests in network namespaces"),
     ("yara", "yara", "the test that compares hits with those of yara"),
     ("sqlite3", "sqlite3", "the test that tampers with the audit log"),
+    ("python3", "python3-venv", "the test that compares hits with those of other engines"),
+    ("7z", "p7zip-full", "tests of archives that 7-Zip makes"),
+    ("gcab", "gcab", "tests of cabinets that gcab makes"),
+    ("zip", "zip", "tests of archives that zip makes"),
+    ("cpio", "cpio", "tests of archives that cpio makes"),
+    ("ar", "binutils", "tests of archives that ar makes"),
+    ("lzip", "lzip", "tests of files that lzip makes"),
+    ("zstd", "zstd", "tests of files that zstd makes"),
 ];
+
+/// Other YARA engines that hits are compared with, as packages of Python.
+const ORACLES: [&str; 2] = ["yara-python", "yara-x"];
 
 /// Runs everything; the code is the test runner's.
 pub(crate) fn run(long: bool) -> ExitCode {
     let begin = Instant::now();
-    let ended = install_missing().and_then(|()| build()).and_then(|()| tests(long));
+    let ended = install_missing().and_then(|()| build()).and_then(|()| {
+        let compared = compare(long, oracles()?.as_deref())?;
+        let all = tests(long)?;
+        Ok(if all.success() { compared } else { all })
+    });
     let elapsed = begin.elapsed().as_secs();
     match ended {
         Ok(status) if status.success() => {
@@ -88,18 +104,77 @@ fn build() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn tests(long: bool) -> anyhow::Result<ExitStatus> {
-    let mut cargo = programs::cargo()?;
-    let nextest = programs::is_installed("cargo-nextest")
-        || programs::cargo()?.args(["nextest", "--version"]).output().is_ok_and(|out| out.status.success());
-    if nextest {
-        cargo.args(["nextest", "run", "--workspace", "--locked"]);
+/// The Python that has the oracles, in the target folder; made and filled once. `None`, and said, where that
+/// does not work.
+fn oracles() -> anyhow::Result<Option<PathBuf>> {
+    let here = std::env::current_exe().context("cannot tell where this program is")?;
+    let target = here.parent().and_then(Path::parent).context("this program lies in a target folder")?;
+    let folder = target.join("oracles");
+    let python = folder.join("bin").join("python");
+    let has_all = || {
+        let wanted = Command::new(&python).args(["-c", "import yara, yara_x"]).output();
+        wanted.is_ok_and(|out| out.status.success())
+    };
+    if !has_all() {
+        eprintln!(
+            "Installing what hits are compared with, into `{}`: {}",
+            folder.display(),
+            ORACLES.join(" ")
+        );
+        let made = succeeds(Command::new("python3").args(["-m", "venv"]).arg(&folder));
+        let filled =
+            made && succeeds(Command::new(&python).args(["-m", "pip", "install", "-q"]).args(ORACLES));
+        if !filled || !has_all() {
+            eprintln!(
+                "warning: {} cannot be installed (python3 with venv and pip, and a package index, are needed): \
+                 the test that compares hits with theirs fails",
+                ORACLES.join(" and ")
+            );
+            return Ok(None);
+        }
+    }
+    Ok(Some(python))
+}
+
+/// Compares hits with those of other engines. This is apart from the other tests, which nothing needs to be
+/// installed for beside the packages above.
+fn compare(long: bool, python: Option<&Path>) -> anyhow::Result<ExitStatus> {
+    let mut cargo = runner()?;
+    if has_nextest()? {
+        cargo.args(["--run-ignored", "only", "-E", "test(hits_are_those_of_other_engines)"]);
     } else {
-        eprintln!("cargo-nextest is not here; using cargo test");
-        cargo.args(["test", "--workspace", "--locked", "--all-targets", "--no-fail-fast"]);
+        cargo.args(["hits_are_those_of_other_engines", "--", "--ignored"]);
+    }
+    if let Some(python) = python {
+        cargo.env("TM_ORACLES", python);
     }
     if long {
         cargo.env("TM_TEST_LONG", "1");
     }
     cargo.status().context("cannot run the tests")
+}
+
+fn tests(long: bool) -> anyhow::Result<ExitStatus> {
+    let mut cargo = runner()?;
+    if long {
+        cargo.env("TM_TEST_LONG", "1");
+    }
+    cargo.status().context("cannot run the tests")
+}
+
+fn has_nextest() -> anyhow::Result<bool> {
+    Ok(programs::is_installed("cargo-nextest")
+        || programs::cargo()?.args(["nextest", "--version"]).output().is_ok_and(|out| out.status.success()))
+}
+
+/// What runs the tests of all crates.
+fn runner() -> anyhow::Result<Command> {
+    let mut cargo = programs::cargo()?;
+    if has_nextest()? {
+        cargo.args(["nextest", "run", "--workspace", "--locked"]);
+    } else {
+        eprintln!("cargo-nextest is not here; using cargo test");
+        cargo.args(["test", "--workspace", "--locked", "--all-targets", "--no-fail-fast"]);
+    }
+    Ok(cargo)
 }

@@ -13,6 +13,7 @@ pub mod frame;
 pub mod identity;
 pub mod ids;
 pub mod message;
+pub mod quote;
 pub mod receipt;
 pub mod report;
 pub mod search;

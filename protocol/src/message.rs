@@ -10,6 +10,7 @@ use crate::{
     address::Address,
     frame::{self, Frame, FrameError},
     ids::{EndpointId, ManagerId, StreamId, TaskId},
+    quote::Quote,
     report::{Coverage, Detection, Failure, ItemReport, Notice, Tally, VaultEntry},
     task::TaskSpec,
 };
@@ -317,6 +318,10 @@ pub enum Outcome {
     TreatedUntilCancelled(Tally),
     /// A cleanup or restore ran out of time, in the same way.
     TreatedUntilDeadline(Tally),
+    /// A scan that was asked what it would cost says so; it has looked at nothing.
+    Quoted(Quote),
+    /// A scan ran out of time; what it had looked at by then.
+    ScannedUntilDeadline(Coverage),
 }
 
 /// How far a task is; sent at most once a second, never stored before it is sent, lost without harm.

@@ -68,6 +68,10 @@ pub fn statement(
     line("limit-file-ms", &limits.file_ms);
     line("all-local", &spec.options.all_local);
     line("cpu-percent", &spec.options.cpu_percent.map_or_else(|| "none".to_owned(), |p| p.to_string()));
+    line("quick", &spec.options.quick);
+    line("full", &spec.options.full);
+    line("processes", &spec.options.processes);
+    line("fresh", &spec.options.fresh);
     line("started-ms", &receipt.started_ms);
     line("ended-ms", &receipt.ended_ms);
     line("whole", &receipt.whole);
@@ -134,6 +138,10 @@ mod tests {
             "path 2f610aff",
             "all-local false",
             "cpu-percent none",
+            "quick false",
+            "full false",
+            "processes false",
+            "fresh false",
             "started-ms 5",
             "ended-ms 6",
             "whole true",
@@ -150,12 +158,16 @@ mod tests {
     fn whatever_is_changed_changes_the_statement() {
         let (spec, coverage, receipt) = all();
         let before = said(&spec, &coverage, &receipt);
-        let specs: [fn(&mut ScanSpec); 5] = [
+        let specs: [fn(&mut ScanSpec); 9] = [
             |s| s.paths.push(PathBytes(vec![])),
             |s| s.patterns.clear(),
             |s| s.limits.depth = 1,
             |s| s.options.all_local = true,
             |s| s.options.cpu_percent = Some(10),
+            |s| s.options.quick = true,
+            |s| s.options.full = true,
+            |s| s.options.processes = true,
+            |s| s.options.fresh = true,
         ];
         for change in specs {
             let mut other = spec.clone();

@@ -84,7 +84,8 @@ impl fmt::Display for TaskKind {
 /// A scan: where, with what, and how far.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct ScanSpec {
-    /// Absolute paths of files and folders, at most [`ScanSpec::MAX_PATHS`].
+    /// Absolute paths of files and folders, at most [`ScanSpec::MAX_PATHS`]. None are needed where the options say
+    /// what to look at ([`ScanOptions::contradiction`]).
     pub paths: Vec<PathBytes>,
     /// The patterns to look with, by digest; the agent fetches those it does not hold.
     pub patterns: Vec<PatternRef>,
@@ -94,20 +95,44 @@ pub struct ScanSpec {
     pub options: ScanOptions,
 }
 
-/// How a scan goes about its work.
+/// How a scan goes about its work. Orders are stored by these names; what an older one lacks is not set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct ScanOptions {
     /// Go on into other file systems of the same machine; without it they are skipped (`other-filesystem`).
     pub all_local: bool,
-    /// Most CPU time in percent of one core, on average, 1 to 100; `None` is no limit.
+    /// Most CPU time in percent of one core, on average, 1 to 100; `None` is no limit. A scan that is held so also
+    /// reads only what nobody else wants to read, and takes less while others wait.
     pub cpu_percent: Option<u8>,
+    /// Look at what runs, what starts by itself, and where things are dropped; paths are looked at besides.
+    pub quick: bool,
+    /// Look at every local file system; no path stands beside it.
+    pub full: bool,
+    /// Look at the memory of running processes, too.
+    pub processes: bool,
+    /// Read everything again, also what is known clean.
+    pub fresh: bool,
+    /// Read nothing, and say what the scan would look at and what that is likely to cost.
+    pub dry_run: bool,
 }
 
 impl ScanOptions {
-    /// Whether its values are ones that can be meant.
-    pub fn is_valid(&self) -> bool {
-        self.cpu_percent.is_none_or(|percent| (1..=100).contains(&percent))
+    /// The share of one core that a scan in the background gets, in percent.
+    pub const BACKGROUND_PERCENT: u8 = 10;
+
+    /// Why nothing can be meant by this beside so many paths, as a sentence without its full stop.
+    pub fn contradiction(&self, paths: usize) -> Option<&'static str> {
+        if self.cpu_percent.is_some_and(|percent| !(1..=100).contains(&percent)) {
+            Some("the share of a core is from 1 to 100 percent")
+        } else if self.quick && self.full {
+            Some("a scan is quick or full, not both")
+        } else if self.full && paths > 0 {
+            Some("a full scan looks at every local file system; name no path beside it")
+        } else if paths == 0 && !self.quick && !self.full && !self.processes {
+            Some("there is nothing to look at: name a path, or ask for a quick or full scan or for processes")
+        } else {
+            None
+        }
     }
 }
 
@@ -278,6 +303,43 @@ impl fmt::Display for TaskState {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_contradicts_itself_is_told() {
+        let set = |change: fn(&mut ScanOptions)| {
+            let mut options = ScanOptions::default();
+            change(&mut options);
+            options
+        };
+        for (options, paths, word) in [
+            (set(|_| {}), 0, "nothing to look at"),
+            (set(|o| o.fresh = true), 0, "nothing to look at"),
+            (set(|o| o.cpu_percent = Some(0)), 1, "1 to 100"),
+            (set(|o| o.cpu_percent = Some(101)), 1, "1 to 100"),
+            (set(|o| (o.quick, o.full) = (true, true)), 0, "quick or full"),
+            (set(|o| o.full = true), 1, "no path"),
+        ] {
+            let said = options.contradiction(paths).expect("it is refused");
+            assert!(said.contains(word), "{options:?}: {said}");
+        }
+        for (options, paths) in [
+            (set(|_| {}), 1),
+            (set(|o| o.cpu_percent = Some(100)), 1),
+            (set(|o| o.quick = true), 0),
+            (set(|o| o.quick = true), 2),
+            (set(|o| o.full = true), 0),
+            (set(|o| (o.processes, o.dry_run) = (true, true)), 0),
+        ] {
+            assert_eq!(options.contradiction(paths), None, "{options:?}");
+        }
+    }
+
+    #[test]
+    fn options_of_an_older_order_are_read() {
+        let old: ScanOptions = serde_json::from_str(r#"{"all_local":true,"cpu_percent":5}"#).unwrap();
+        assert_eq!(old, ScanOptions { all_local: true, cpu_percent: Some(5), ..ScanOptions::default() });
+        assert!(serde_json::from_str::<ScanOptions>(r#"{"slowly":true}"#).is_err());
+    }
 
     #[test]
     fn states_only_move_forward_and_final_ones_stay() {

@@ -144,12 +144,12 @@ fn a_scan_stays_within_its_share_of_a_core() {
     let lab = Lab::start();
     let agent = lab.agent();
     // Its loop takes CPU time for every file.
-    let slow = "rule slow { condition: for any i in (0..100000) : (uint8(i) == 256) }";
+    let slow = "rule slow { condition: for any i in (0..30000) : (uint8(i) == 256) }";
     lab.import("slow.yar", slow).expect(0);
     let folder = lab.folder("much");
     let chunk: Vec<u8> =
         (0..256 << 10).map(|n: u32| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
-    for n in 0..60 {
+    for n in 0..30 {
         fs::write(folder.join(n.to_string()), &chunk).unwrap();
     }
     let path = folder.to_str().unwrap();
@@ -159,14 +159,19 @@ fn a_scan_stays_within_its_share_of_a_core() {
         args.extend(more);
         lab.tmctl(args).expect(0);
         let result = lab.newest_task(&agent).unwrap()["result"].clone();
-        assert_eq!(result["files"], 60);
+        assert_eq!(result["files"], 30);
         (result["cpu_s"].as_f64().unwrap(), result["elapsed_s"].as_f64().unwrap())
     };
     let started = Instant::now();
-    let (cpu, elapsed) = scan(&["--cpu", "5%"]);
+    let (cpu, elapsed) = scan(&["--cpu", "20%"]);
     assert!(cpu > 0.2, "there was something to hold: {cpu} s");
-    assert!(cpu / elapsed <= 0.07, "{cpu} s of CPU in {elapsed} s");
+    let held = cpu / elapsed;
+    assert!(held <= 0.25, "{cpu} s of CPU in {elapsed} s");
     assert!(started.elapsed() >= Duration::from_secs_f64(elapsed), "the receipt's time is real");
     let (cpu, elapsed) = scan(&[]);
-    assert!(cpu / elapsed > 0.1, "the control: without a limit it uses more, {cpu} s of CPU in {elapsed} s");
+    // Where much else runs the held one makes room besides, and the free one gets little.
+    assert!(
+        cpu / elapsed > held * 1.5,
+        "the control: without a limit it uses more, {cpu} s of CPU in {elapsed} s"
+    );
 }

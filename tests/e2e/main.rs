@@ -2,17 +2,25 @@
 //!
 //! Every test has a control: it shows first that what it will find missing would have been seen.
 
+mod archives;
 mod certificates;
+mod churn;
 mod cleanup;
+mod cost;
 mod coverage;
+mod digests;
 mod enroll;
 mod hostile;
+mod hostile_rules;
 mod known;
 mod link;
+mod local;
 mod memory;
 mod names;
+mod progress;
 mod quick;
 mod roles;
+mod rules;
 mod sandbox;
 mod scan;
 mod session;

@@ -1,5 +1,6 @@
 //! What is ordered happens once, or it is known why not: through kills, full disks, damage and wrong clocks.
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use std::{
     collections::BTreeMap,
     fs,
@@ -114,6 +115,19 @@ fn a_task_that_takes_too_long_ends_at_its_deadline() {
     let id = order(&lab, &agent, Path::new("/usr"), &["--deadline", "1s"]);
     let over = wait_over(&lab, &id);
     assert_eq!((over["state"].as_str(), over["code"].as_str()), (Some("failed"), Some("deadline")), "{over}");
+    // What it did look at is told and signed, and not taken for the whole.
+    let result = &over["result"];
+    assert_eq!(result["receipt"]["verified"], true, "{over}");
+    let signed = STANDARD.decode(result["receipt"]["signed_bytes_b64"].as_str().unwrap()).unwrap();
+    let signed = String::from_utf8(signed).unwrap();
+    assert!(signed.lines().any(|line| line == "whole false"), "{signed}");
+    assert!(signed.lines().any(|line| line == format!("files {}", result["files"])), "{signed}");
+    let coverage = lab.tmctl(["coverage", "--path", "/usr", "-o", "json"]).expect(0).json();
+    assert_eq!(coverage["counts"]["covered"], 0, "{coverage}");
+    // Its totals are on the screen that says why.
+    let why = lab.tmctl(["why", &agent.id]).expect(0).out();
+    let totals = format!("{} file", result["files"]);
+    assert!(why.lines().any(|line| line.contains(&id) && line.contains(&totals)), "{totals}: {why}");
 }
 
 #[test]

@@ -378,6 +378,13 @@ impl Agent {
         self.process = Some(Process::start(&mut command, &self.log));
     }
 
+    /// Runs it with its socket for users' scans at `socket`.
+    pub fn run_at(&mut self, socket: &Path) {
+        let mut command = Command::new(bin("tm-agent"));
+        command.args(["run", "--data"]).arg(&self.data).arg("--socket").arg(socket);
+        self.process = Some(Process::start(&mut command, &self.log));
+    }
+
     /// Runs it with a wall clock that is as far off as the file `control` says (`+1d`, `-365d`); the clock that
     /// counts from boot is the real one.
     ///

@@ -65,7 +65,8 @@ fn ends_worker(
                 || matches!(worker.answers.recv_timeout(limit), Err(RecvTimeoutError::Disconnected))
         }),
         Err(RecvTimeoutError::Disconnected) => true,
-        Ok(Answer::Refused { .. } | Answer::Done { .. }) | Err(RecvTimeoutError::Timeout) => false,
+        Ok(Answer::Refused { .. } | Answer::Done { .. } | Answer::Measured { .. })
+        | Err(RecvTimeoutError::Timeout) => false,
     };
     worker.kill();
     is_dead

@@ -13,6 +13,8 @@ mod calls;
 pub mod check;
 mod engine;
 pub mod item;
+mod judge;
+mod lists;
 pub mod pool;
 mod process;
 pub mod sandbox;

@@ -133,7 +133,7 @@ impl ScanPool {
         let (results, receiver) = bounded(QUEUE);
         let (started, first) = bounded(1);
         let setup = Setup {
-            patterns: patterns.iter().map(|p| (p.sha256(), p.text().to_owned())).collect(),
+            patterns: patterns.to_vec(),
             limits: options.limits,
             threads: options.threads.max(1),
             nice: options.nice,
@@ -238,7 +238,7 @@ fn load(
             name: names.get(pattern).cloned().unwrap_or_default(),
             problems: problems.into_iter().map(Into::into).collect(),
         },
-        Ok(Answer::Done { .. }) => StartError::Load("misbehaved"),
+        Ok(Answer::Done { .. } | Answer::Measured { .. }) => StartError::Load("misbehaved"),
         Err(RecvTimeoutError::Timeout) => StartError::Load("took too long"),
         Err(RecvTimeoutError::Disconnected) => StartError::Load(DIED),
     };
@@ -454,7 +454,7 @@ impl Supervisor {
         match answer {
             Answer::Done { id, findings } => self.done(id, findings),
             // A worker that says this again has lost its mind; what it owes is missed by the watch.
-            Answer::Ready { .. } | Answer::Refused { .. } => {}
+            Answer::Ready { .. } | Answer::Refused { .. } | Answer::Measured { .. } => {}
         }
     }
 

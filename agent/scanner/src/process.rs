@@ -46,10 +46,15 @@ pub(crate) struct Worker {
 impl Worker {
     /// Starts a worker and gives it its patterns; its first answer tells what it makes of them.
     pub(crate) fn start(program: &WorkerProgram, setup: &Setup) -> io::Result<Self> {
+        Self::start_within(program, setup, Frame::new(setup.threads, setup.nice, &setup.limits))
+    }
+
+    /// The same within other ceilings.
+    pub(crate) fn start_within(program: &WorkerProgram, setup: &Setup, mut frame: Frame) -> io::Result<Self> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let mut setup_file = File::from(memfd_create("tm-scan-setup", MemfdFlags::CLOEXEC)?);
-        setup_file.write_all(&wire::encode(setup)?)?;
+        setup_file.write_all(&wire::encode(&setup.told())?)?;
         let slots = File::from(memfd_create("tm-scan-slots", MemfdFlags::CLOEXEC)?);
         slots.set_len(u64::try_from(setup.threads).map_err(io::Error::other)?.saturating_mul(16))?;
 
@@ -71,8 +76,15 @@ impl Worker {
             }
         })?;
         let worker = Self { child, socket: Some(ours), answers, slots: Slots(slots), threads: setup.threads };
-        let frame = Frame::new(setup.threads, setup.nice, &setup.limits);
-        worker.send(&Order::Setup(frame), &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
+        let lists = setup.lists();
+        let list_bytes: usize = lists.iter().map(|list| list.size()).sum();
+        frame.address_bytes =
+            frame.address_bytes.saturating_add(u64::try_from(list_bytes).unwrap_or(u64::MAX));
+        let order = Order::Setup(frame, lists.len());
+        worker.send(&order, &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
+        for some in lists.chunks(BATCH) {
+            worker.send(&Order::Lists, &some.iter().map(|list| list.as_fd()).collect::<Vec<_>>())?;
+        }
         Ok(worker)
     }
 

@@ -14,6 +14,7 @@ use std::{
 };
 
 use bincode::{Decode, Encode, config};
+use tm_patterns::{Pattern, digests::Image};
 use tm_protocol::{ids::Sha256, task::ScanLimits};
 
 use crate::{
@@ -26,23 +27,49 @@ pub(crate) const BATCH: usize = 64;
 /// Longest answer; a worker that claims more is killed.
 const MAX_ANSWER: usize = 16 << 20;
 
-/// The content of the set-up file.
-#[derive(Debug, Clone, Encode, Decode)]
+/// What a worker is started with.
+#[derive(Debug, Clone)]
 pub(crate) struct Setup {
-    pub(crate) patterns: Vec<(Sha256, String)>,
+    pub(crate) patterns: Vec<Pattern>,
     pub(crate) limits: ScanLimits,
     pub(crate) threads: usize,
     pub(crate) nice: i32,
+}
+
+impl Setup {
+    /// What goes into the set-up file.
+    pub(crate) fn told(&self) -> Told {
+        let text = |pattern: &Pattern| pattern.digests().is_none().then(|| pattern.text().to_owned());
+        let patterns = self.patterns.iter().map(|pattern| (pattern.sha256(), text(pattern))).collect();
+        Told { patterns, limits: self.limits }
+    }
+
+    /// Digest lists, in their order.
+    pub(crate) fn lists(&self) -> Vec<&Image> {
+        self.patterns.iter().filter_map(Pattern::digests).collect()
+    }
+}
+
+/// The content of the set-up file.
+#[derive(Debug, Encode, Decode)]
+pub(crate) struct Told {
+    /// Rule texts; those without are digest lists, which come as files.
+    pub(crate) patterns: Vec<(Sha256, Option<String>)>,
+    pub(crate) limits: ScanLimits,
 }
 
 /// A message to the worker.
 #[derive(Debug, Encode, Decode)]
 pub(crate) enum Order {
     /// The first: set-up file and slots file are beside it. The frame is here and not in that file because
-    /// it holds before the file, with the patterns, is read.
-    Setup(Frame),
+    /// it holds before the file, with the patterns, is read. So many digest lists follow.
+    Setup(Frame, usize),
+    /// Digest lists, compiled and sealed, whose files are beside it.
+    Lists,
     /// Items, whose files are beside it in the same order.
     Items(Vec<u64>),
+    /// Tell what the rules cost. Beside it a file with the text of the pattern that was set up.
+    Measure,
 }
 
 /// A message from the worker.
@@ -54,6 +81,8 @@ pub(crate) enum Answer {
     Refused { pattern: usize, problems: Vec<Place> },
     /// An item is done.
     Done { id: u64, findings: Findings },
+    /// What the rules cost: remarks on all that are slow, and how many there was no time for.
+    Measured { remarks: Vec<Place>, unmeasured: usize },
 }
 
 /// [`tm_patterns::Problem`], encodable.

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tm_patterns::Pattern;
+use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
     ids::Sha256,
     report::{PathBytes, SkipReason},
@@ -211,7 +211,8 @@ fn what_was_not_looked_at_is_said_with_its_place() {
             names(&["all.tar", "inner.zip"]),
             SkipReason::Limit,
         ),
-        ("kind", limits, b"7z\xbc\xaf\x27\x1c needle".to_vec(), vec![], SkipReason::Unsupported),
+        ("kind", limits, b"Rar!\x1a\x07\x01\x00 needle".to_vec(), vec![], SkipReason::Unsupported),
+        ("broken", limits, b"7z\xbc\xaf\x27\x1c needle".to_vec(), vec![], SkipReason::Malformed),
         ("size", ScanLimits { file_bytes: 5, ..limits }, b"needle-47".to_vec(), vec![], SkipReason::Limit),
     ] {
         let begun = Instant::now();
@@ -284,7 +285,7 @@ fn a_file_that_is_cut_while_it_is_mapped_costs_at_most_itself() {
 fn rules_that_can_hold_up_a_scan_are_refused_unless_forced() {
     let text =
         "import \"hash\"\nrule a {\n condition: for any i in (0..filesize) : (hash.md5(i, 9) == \"x\") }";
-    let Err(CheckError::Refused(problems)) = check::check(&program(), &pattern(text)) else {
+    let Err(CheckError::TooSlow(problems)) = check::check(&program(), &pattern(text)) else {
         panic!("it is accepted");
     };
     assert_eq!((problems.len(), problems[0].line), (1, 3), "{problems:?}");
@@ -293,7 +294,13 @@ fn rules_that_can_hold_up_a_scan_are_refused_unless_forced() {
         "{problems:?}"
     );
     let forced = check::check_with(&program(), &pattern(text), true).unwrap();
-    assert!(forced.warnings.iter().any(|warning| warning == &problems[0]), "{:?}", forced.warnings);
+    let same = |warning: &Problem| {
+        let Problem { line, column, message } = &problems[0];
+        let (what, _) = message.split_once(" (").expect("the cost stands in parentheses");
+        (warning.line, warning.column) == (*line, *column) && warning.message.starts_with(what)
+    };
+    assert!(forced.warnings.iter().any(same), "{:?}", forced.warnings);
+    assert!(problems[0].message.contains(" ms per MB"), "{problems:?}");
     // A slow rule is only remarked on.
     let slow = check::check(&program(), &pattern("rule a { strings: $a = \"ab\" condition: $a }")).unwrap();
     assert_eq!(slow.warnings.iter().filter(|w| w.message.starts_with("slow rule `a`: ")).count(), 1);
@@ -348,4 +355,107 @@ fn a_cancelled_pool_ends_at_once() {
     assert!(begun.elapsed() < Duration::from_secs(2));
     assert_eq!(workers("cancelled"), []);
     assert!(pool.cpu_ms() >= 100, "{} ms", pool.cpu_ms());
+}
+
+fn list(text: &str) -> Pattern {
+    let list = Pattern::new("hashes.txt", text.as_bytes().to_vec()).unwrap();
+    assert!(list.digests().is_some(), "{text}");
+    list
+}
+
+/// Scans files with patterns; what came of each, in the order of the files.
+fn look_with(patterns: &[Pattern], limits: ScanLimits, files: Vec<File>) -> Vec<ItemResult> {
+    let options = PoolOptions { threads: 2, limits, nice: 0 };
+    let (pool, results) = ScanPool::start(&program(), patterns, options).unwrap();
+    for (id, file) in (0..).zip(files) {
+        pool.submit(Item { id, file: file.into() });
+    }
+    pool.finish();
+    let mut results: Vec<ItemResult> = results.iter().collect();
+    results.sort_by_key(|result| result.id);
+    results
+}
+
+fn rules(result: &ItemResult) -> Vec<&str> {
+    result.findings.matches.iter().map(|found| found.rule.as_str()).collect()
+}
+
+fn reasons(result: &ItemResult) -> Vec<SkipReason> {
+    result.findings.skips.iter().map(|skip| skip.reason).collect()
+}
+
+#[test]
+fn files_and_members_are_found_by_their_digests() {
+    let bad = Sha256::of(b"bad");
+    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    zip.start_file("inner", zip::write::SimpleFileOptions::default()).unwrap();
+    zip.write_all(b"bad").unwrap();
+    let zip = zip.finish().unwrap().into_inner();
+    let files = || vec![file(b"bad"), file(b"good"), file(&zip), file(b"has needle-47"), file(b"")];
+    let by_digest = list(&format!("{bad}  Bad.Thing"));
+
+    let results = look_with(std::slice::from_ref(&by_digest), ScanLimits::default(), files());
+    assert_eq!(
+        results.iter().map(rules).collect::<Vec<_>>(),
+        [vec!["Bad.Thing"], vec![], vec!["Bad.Thing"], vec![], vec![]]
+    );
+    let member = &results[2].findings;
+    assert_eq!(member.matches[0].member, [PathBytes::from(&b"inner"[..])]);
+    assert_eq!(member.matches[0].pattern, by_digest.sha256());
+    assert_eq!((member.sha256, member.size), (Some(Sha256::of(&zip)), zip.len() as u64));
+
+    // Beside rules and other lists, more than fit one message.
+    let mut patterns: Vec<Pattern> = (0..70).map(|n| list(&format!("{n:064x}"))).collect();
+    patterns.push(pattern(MARKER));
+    patterns.push(by_digest);
+    let results = look_with(&patterns, ScanLimits::default(), files());
+    assert_eq!(
+        results.iter().map(rules).collect::<Vec<_>>(),
+        [vec!["Bad.Thing"], vec![], vec!["Bad.Thing"], vec!["marker"], vec![]]
+    );
+    assert!(results.iter().all(|result| result.findings.skips.is_empty()));
+}
+
+#[test]
+fn digests_have_no_limit_of_size_and_rules_do() {
+    let limits = ScanLimits { file_bytes: 1000, ..ScanLimits::default() };
+    let (bad, good) = (vec![b'b'; 300_000], vec![b'g'; 300_000]);
+    let archive = [b"PK\x03\x04".to_vec(), good.clone()].concat();
+    let files = || vec![file(&bad), file(&good), file(&archive)];
+    let digest = Sha256::of(&bad);
+    let by_digest = list(&digest.to_string());
+
+    let only = look_with(std::slice::from_ref(&by_digest), limits, files());
+    assert_eq!(rules(&only[0]), [format!("sha256:{digest}")]);
+    assert_eq!((only[0].findings.sha256, only[0].findings.size), (Some(digest), 300_000));
+    assert_eq!(only.iter().map(reasons).collect::<Vec<_>>(), [vec![], vec![], vec![SkipReason::Limit]]);
+    let both = look_with(&[by_digest, pattern(MARKER)], limits, files());
+    assert_eq!(rules(&both[0]), [format!("sha256:{digest}")]);
+    assert!(both.iter().all(|result| reasons(result) == [SkipReason::Limit]), "rules have not seen them");
+    // A list that could not have it does not read it, and says so truthfully: it is not in the list.
+    let sized = look_with(&[list(&format!("{}:5:x", "0".repeat(64)))], limits, files());
+    assert_eq!(sized.iter().map(reasons).collect::<Vec<_>>(), [vec![], vec![], vec![SkipReason::Limit]]);
+}
+
+#[test]
+fn a_list_is_tried_as_rules_are_and_a_forged_one_harms_nobody() {
+    let good = list(&format!("{}\n{}:5:x", "0a".repeat(32), "0b".repeat(16)));
+    assert_eq!(check::check(&program(), &good).unwrap().rules, 0);
+    let bytes = good.to_bytes().unwrap();
+    let body = bytes.len() - 32;
+    let mut loaded = 0;
+    for at in (0..body).step_by(5) {
+        let mut forged = bytes.clone();
+        forged[at] = 0xff;
+        let digest = Sha256::of(&forged[..body]);
+        forged[body..].copy_from_slice(digest.as_bytes());
+        let Ok(forged) = Pattern::new("forged", forged) else { continue };
+        if forged.digests().is_none() || loaded >= 16 {
+            continue;
+        }
+        loaded += 1;
+        let results = look_with(&[forged], ScanLimits::default(), vec![file(b"x"), file(b"")]);
+        assert!(results.iter().all(|result| reasons(result).is_empty()), "{at}: {results:?}");
+    }
+    assert!(loaded > 0);
 }

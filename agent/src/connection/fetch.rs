@@ -15,7 +15,7 @@ use std::{
 
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustls::ClientConfig;
-use tm_patterns::{MAX_SIZE, Pattern};
+use tm_patterns::{MAX_STORED, Pattern, ReadError};
 use tm_protocol::{address::Address, ids::Sha256, report::Failure, task::PatternRef};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -51,7 +51,7 @@ pub(crate) async fn pattern(
     if let Some(pattern) = aside(move || read(&folder, &order)).await.flatten() {
         return Ok(pattern);
     }
-    let length = usize::try_from(wanted.size).ok().filter(|size| *size <= MAX_SIZE);
+    let length = usize::try_from(wanted.size).ok().filter(|size| *size <= MAX_STORED);
     let length = length.ok_or_else(|| failed(format!("{} bytes are too many", wanted.size)))?;
     let address = address.ok_or_else(|| failed("no manager's address is known".to_owned()))?;
     let bytes = match timeout(TRANSFER, get(address, config, wanted, length)).await {
@@ -61,12 +61,12 @@ pub(crate) async fn pattern(
     };
     let (folder, order) = (paths.clone(), wanted.clone());
     let checked = aside(move || {
-        let pattern = Pattern::verified(&order, bytes)?;
+        let pattern = Pattern::verified(&order, bytes.as_slice())?;
         // It can be used without being kept: a full disk stands in the way of no scan.
         if let Err(error) = keep(&folder, &pattern, MAX_KEPT) {
             tracing::warn!(%error, sha256 = %order.sha256, "Cannot keep a pattern.");
         }
-        Ok::<_, tm_patterns::InvalidPattern>(pattern)
+        Ok::<_, ReadError>(pattern)
     });
     match checked.await {
         Some(Ok(pattern)) => Ok(pattern),
@@ -81,22 +81,50 @@ pub(crate) fn kept(paths: &Paths, sha256: Sha256) -> Option<Pattern> {
     read(paths, &PatternRef { sha256, size, name: sha256.to_string() })
 }
 
+/// All patterns that are kept whole, those used last first, and how many there are besides because `most` bytes
+/// are not enough for them. It leaves no mark of their use. Blocks.
+pub(crate) fn all_kept(paths: &Paths, most: usize) -> (Vec<Pattern>, u32) {
+    let entries = fs::read_dir(paths.patterns()).into_iter().flatten().flatten();
+    let mut names: Vec<(SystemTime, Sha256)> = entries
+        .filter_map(|entry| {
+            let sha256 = entry.file_name().to_str()?.parse().ok()?;
+            Some((entry.metadata().ok()?.modified().ok()?, sha256))
+        })
+        .collect();
+    names.sort_unstable_by_key(|(used, sha256)| (std::cmp::Reverse(*used), *sha256));
+    let (mut patterns, mut left, mut left_out) = (Vec::new(), most, 0_u32);
+    for (_, sha256) in names {
+        let Ok(size) = fs::metadata(place(paths, sha256)).map(|file| file.len()) else { continue };
+        if usize::try_from(size).is_ok_and(|size| size > left) {
+            left_out = left_out.saturating_add(1);
+            continue;
+        }
+        let wanted = PatternRef { sha256, size, name: sha256.to_string() };
+        let file = File::open(place(paths, sha256)).ok();
+        let whole = file.and_then(|file| Pattern::verified(&wanted, file).ok());
+        if let Some(pattern) = whole {
+            left = left.saturating_sub(usize::try_from(size).unwrap_or(usize::MAX));
+            patterns.push(pattern);
+        }
+    }
+    (patterns, left_out)
+}
+
 fn place(paths: &Paths, sha256: Sha256) -> PathBuf {
     paths.patterns().join(sha256.to_string())
 }
 
 fn read(paths: &Paths, wanted: &PatternRef) -> Option<Pattern> {
     let path = place(paths, wanted.sha256);
-    if usize::try_from(fs::metadata(&path).ok()?.len()).ok()? > MAX_SIZE {
+    let file = File::open(&path).ok()?;
+    if usize::try_from(file.metadata().ok()?.len()).ok()? > MAX_STORED {
         return None;
     }
-    let pattern = Pattern::verified(wanted, fs::read(&path).ok()?).ok()?;
+    let pattern = Pattern::verified(wanted, &file).ok()?;
     // By this it is known which are in use; without it one is fetched again some day.
     let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
     let as_it_is = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
-    if let Ok(file) = File::open(&path) {
-        let _ = rustix::fs::futimens(&file, &Timestamps { last_access: as_it_is, last_modification: now });
-    }
+    let _ = rustix::fs::futimens(&file, &Timestamps { last_access: as_it_is, last_modification: now });
     Some(pattern)
 }
 
@@ -113,7 +141,7 @@ fn keep(paths: &Paths, pattern: &Pattern, most: u64) -> io::Result<()> {
         .filter(|(_, _, other)| *other != path)
         .collect();
     others.sort_unstable();
-    let mut bytes = others.iter().map(|(_, len, _)| len).sum::<u64>() + wide(pattern.text().len());
+    let mut bytes = others.iter().map(|(_, len, _)| len).sum::<u64>() + wide(pattern.size());
     for (_, len, other) in others {
         if bytes <= most {
             break;
@@ -121,7 +149,7 @@ fn keep(paths: &Paths, pattern: &Pattern, most: u64) -> io::Result<()> {
         fs::remove_file(other)?;
         bytes -= len;
     }
-    replace(&path, pattern.text().as_bytes())
+    replace(&path, &pattern.to_bytes()?)
 }
 
 /// Runs what blocks away from the threads that keep the link; `None` if it panics.
@@ -209,6 +237,29 @@ mod tests {
         keep(&paths, &pattern(99), 10).unwrap();
         assert!(kept(&paths, pattern(99).sha256()).is_some());
         assert_eq!(fs::read_dir(paths.patterns()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn all_that_are_whole_and_fit_are_listed_newest_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::new(folder.path().to_path_buf());
+        assert_eq!(all_kept(&paths, 1000), (vec![], 0), "there is no folder");
+        for n in 1..=4 {
+            keep(&paths, &pattern(n), 1000).unwrap();
+            let at = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(n).unwrap());
+            File::open(place(&paths, pattern(n).sha256())).unwrap().set_modified(at).unwrap();
+        }
+        fs::write(paths.patterns().join("left-over.new"), "x").unwrap();
+        fs::write(place(&paths, pattern(3).sha256()), "other").unwrap();
+        let listed = |most| {
+            let (patterns, left_out) = all_kept(&paths, most);
+            (patterns.iter().map(Pattern::sha256).collect::<Vec<_>>(), left_out)
+        };
+        let expected = |numbers: &[usize]| numbers.iter().map(|n| pattern(*n).sha256()).collect::<Vec<_>>();
+        // The changed one is the newest.
+        assert_eq!(listed(1000), (expected(&[4, 2, 1]), 0));
+        assert_eq!(listed(200), (expected(&[4, 2]), 1));
+        assert_eq!(listed(99), (expected(&[]), 3));
     }
 
     #[test]

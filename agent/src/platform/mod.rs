@@ -5,5 +5,7 @@ pub(crate) mod create;
 pub(crate) mod critical;
 pub(crate) mod facts;
 pub(crate) mod fs;
+pub(crate) mod idle;
 pub(crate) mod mounts;
 pub(crate) mod packages;
+pub(crate) mod pressure;

@@ -15,11 +15,14 @@ use std::{
 use tm_patterns::Pattern;
 use tm_scanner::{
     item::{Item, ItemResult},
-    pool::{PoolOptions, ScanPool, StartError, WorkerProgram},
+    pool::{PoolOptions, StartError, WorkerProgram},
     sandbox::PartState,
 };
 
-use super::thread_cpu;
+use super::{
+    hire::{Hire, Workers},
+    thread_cpu,
+};
 
 /// Which patterns a file is to be looked at with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,8 +38,10 @@ pub(super) enum With {
 pub(super) struct Crews<'a> {
     all: &'a [Pattern],
     rest: Vec<Pattern>,
+    program: WorkerProgram,
     options: PoolOptions,
-    pools: [OnceLock<ScanPool>; 2],
+    hire: &'a dyn Hire,
+    pools: [OnceLock<Box<dyn Workers>>; 2],
     /// What went wrong, first.
     failure: Mutex<Option<Option<StartError>>>,
     ending: AtomicBool,
@@ -46,10 +51,26 @@ pub(super) struct Crews<'a> {
 pub(super) type Taker<'scope> = ScopedJoinHandle<'scope, Duration>;
 
 impl<'a> Crews<'a> {
-    /// None started.
-    pub(super) fn new(all: &'a [Pattern], rest: Vec<Pattern>, options: PoolOptions) -> Self {
+    /// None started; `program` is what to start, where workers of our own are hired.
+    pub(super) fn new(
+        all: &'a [Pattern],
+        rest: Vec<Pattern>,
+        program: WorkerProgram,
+        options: PoolOptions,
+        hire: &'a dyn Hire,
+    ) -> Self {
         let (pools, failure) = ([OnceLock::new(), OnceLock::new()], Mutex::new(None));
-        Self { all, rest, options, pools, failure, ending: AtomicBool::new(false) }
+        Self { all, rest, program, options, hire, pools, failure, ending: AtomicBool::new(false) }
+    }
+
+    /// Whether there are patterns that most known files have yet to meet.
+    pub(super) fn has_rest(&self) -> bool {
+        !self.rest.is_empty()
+    }
+
+    /// Whether the worker for `with` has been started.
+    pub(super) fn runs(&self, with: With) -> bool {
+        self.of(with).0.get().is_some()
     }
 
     /// Starts the worker for `with` unless it runs, and has its results taken by `take` in a thread of its own.
@@ -67,7 +88,7 @@ impl<'a> Crews<'a> {
         if pool.get().is_some() {
             return Ok(None);
         }
-        let (started, results) = ScanPool::start(&WorkerProgram::this(), patterns, self.options.clone())?;
+        let (started, results) = self.hire.hire(&self.program, patterns, &self.options)?;
         if pool.set(started).is_err() {
             return Ok(None);
         }
@@ -92,13 +113,13 @@ impl<'a> Crews<'a> {
     /// No more files will come.
     pub(super) fn finish(&self) {
         self.ending.store(true, Ordering::Release);
-        self.running().for_each(ScanPool::finish);
+        self.running().for_each(Workers::finish);
     }
 
     /// Ends the workers now.
     pub(super) fn cancel(&self) {
         self.ending.store(true, Ordering::Release);
-        self.running().for_each(ScanPool::cancel);
+        self.running().for_each(Workers::cancel);
     }
 
     /// Ends the workers, because one could not be started or has failed.
@@ -119,24 +140,24 @@ impl<'a> Crews<'a> {
 
     /// What is in force of the workers' sandbox; they all have the same.
     pub(super) fn sandbox(&self) -> &[PartState] {
-        self.running().next().map(ScanPool::sandbox).unwrap_or_default()
+        self.running().next().map(Workers::sandbox).unwrap_or_default()
     }
 
     /// The name of a pattern that ended worker after worker.
     pub(super) fn lethal_pattern(&self) -> Option<String> {
-        self.running().find_map(ScanPool::lethal_pattern).map(str::to_owned)
+        self.running().find_map(Workers::lethal_pattern).map(str::to_owned)
     }
 
     /// CPU time of the workers so far, in milliseconds.
     pub(super) fn cpu_ms(&self) -> u64 {
-        self.running().map(ScanPool::cpu_ms).sum()
+        self.running().map(Workers::cpu_ms).sum()
     }
 
-    fn running(&self) -> impl Iterator<Item = &ScanPool> {
-        self.pools.iter().filter_map(OnceLock::get)
+    fn running(&self) -> impl Iterator<Item = &dyn Workers> {
+        self.pools.iter().filter_map(|pool| Some(&**pool.get()?))
     }
 
-    fn of(&self, with: With) -> (&OnceLock<ScanPool>, &[Pattern]) {
+    fn of(&self, with: With) -> (&OnceLock<Box<dyn Workers>>, &[Pattern]) {
         let [all, rest] = &self.pools;
         match with {
             With::All => (all, self.all),

@@ -12,7 +12,7 @@ use tm_protocol::{
     report::{Coverage, Detection, PathBytes, SkipReason, Skipped},
     task::ScanLimits,
 };
-use tm_scanner::item::Findings;
+use tm_scanner::item::{Findings, Skip};
 
 use super::{
     Event, Observer,
@@ -30,6 +30,8 @@ pub(super) struct Books<'a> {
     limits: ScanLimits,
     observe: Observer<'a>,
     coverage: Coverage,
+    /// Bytes of the files that are known clean.
+    known_bytes: u64,
     next_id: u64,
     /// The files that the worker has. As many as its queue holds.
     in_hand: HashMap<u64, Held>,
@@ -52,7 +54,8 @@ impl<'a> Ledger<'a> {
     pub(super) fn new(limits: ScanLimits, observe: Observer<'a>) -> Self {
         let coverage = Coverage::default();
         let (in_hand, links, told) = (HashMap::new(), Links::default(), HashSet::new());
-        Self(Mutex::new(Books { limits, observe, coverage, next_id: 0, in_hand, links, told }))
+        let known_bytes = 0;
+        Self(Mutex::new(Books { limits, observe, coverage, known_bytes, next_id: 0, in_hand, links, told }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Books<'a>> {
@@ -141,7 +144,22 @@ impl Books<'_> {
     /// Enters a file that is known clean and is not read again; `size` in bytes.
     pub(super) fn known(&mut self, id: u64, size: u64) {
         self.coverage.known += 1;
+        self.known_bytes = self.known_bytes.saturating_add(size);
         let _ = self.take(id, &Findings { size, ..Findings::default() });
+    }
+
+    /// Bytes of the files that are known clean.
+    pub(super) const fn known_bytes(&self) -> u64 {
+        self.known_bytes
+    }
+
+    /// Enters a file that would be read, if this were not to say only what would be; `size` in bytes.
+    pub(super) fn would_read(&mut self, id: u64, size: u64) {
+        let mut findings = Findings { size, ..Findings::default() };
+        if size > self.limits.file_bytes {
+            findings.skips.push(Skip { member: Vec::new(), reason: SkipReason::Limit });
+        }
+        let _ = self.take(id, &findings);
     }
 
     /// Enters findings for one name of a file, or for a piece `within` a process.
@@ -183,25 +201,34 @@ impl Books<'_> {
         self.coverage.skip(skipped);
     }
 
-    /// A second has passed.
+    /// A while has passed.
     pub(super) fn tick(&mut self) {
+        // Files are answered for roughly in order, so the oldest is looked at by now.
+        let oldest = self.in_hand.iter().min_by_key(|(id, _)| **id).and_then(|(_, held)| held.names.first());
+        if let Some(path) = oldest {
+            (self.observe)(Event::Now(path));
+        }
         (self.observe)(Event::Tick(&self.coverage));
     }
 }
 
 /// Whether the file on disk itself was looked at, whatever became of its members.
 fn was_read(findings: &Findings, limits: &ScanLimits) -> bool {
-    let lost = findings.skips.iter().any(|skip| {
-        skip.member.is_empty() && matches!(skip.reason, SkipReason::Unreadable | SkipReason::WorkerDied)
-    });
-    !lost && findings.size <= limits.file_bytes
+    let is_lost = |reason| {
+        use SkipReason::{Pseudo, Remote, Special, Unreadable, WorkerDied};
+        matches!(reason, Unreadable | WorkerDied | Special | Pseudo | Remote)
+    };
+    // Of a file that is too large for rules digests may have been computed; that is not all that was asked.
+    let is_too_large = |reason| reason == SkipReason::Limit && findings.size > limits.file_bytes;
+    let lost = |skip: &Skip| skip.member.is_empty() && (is_lost(skip.reason) || is_too_large(skip.reason));
+    !findings.skips.iter().any(lost)
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
 
-    use tm_scanner::item::{Match, Skip};
+    use tm_scanner::item::Match;
 
     use super::*;
     use crate::platform::fs::facts_of;
@@ -282,7 +309,7 @@ mod tests {
             let mut seen = 0;
             let mut observe = |event: Event<'_>| match event {
                 Event::Detection(..) => seen += 1,
-                Event::Skipped(_) | Event::Tick(_) => {}
+                Event::Skipped(_) | Event::Now(_) | Event::Tick(_) => {}
             };
             let ledger = Ledger::new(limits, &mut observe);
             let id = ledger.lock().hand_over(PathBytes::from(&b"/f"[..]), &facts).unwrap();
@@ -321,7 +348,7 @@ mod tests {
                 assert_eq!(object, facts.object());
                 seen.push(detection.path.0.clone());
             }
-            Event::Skipped(_) | Event::Tick(_) => {}
+            Event::Skipped(_) | Event::Now(_) | Event::Tick(_) => {}
         };
         let ledger = Ledger::new(ScanLimits::default(), &mut observe);
         let path = |name: &str| PathBytes::from(name.as_bytes());

@@ -7,21 +7,28 @@
 
 mod batch;
 mod crews;
+pub(crate) mod hire;
+mod hold;
 mod ledger;
 mod links;
-pub(crate) mod memory;
+mod memory;
 mod pace;
+mod past;
+mod pressure;
 mod quick;
+mod quote;
+mod rein;
 mod seen;
 pub(crate) mod standalone;
 mod walk;
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     num::NonZeroUsize,
     path::PathBuf,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::Scope,
@@ -32,6 +39,7 @@ use crossbeam_channel::bounded;
 use tm_patterns::{Pattern, Problem};
 use tm_protocol::{
     ids::Sha256,
+    quote::Quote,
     report::{Coverage, Detection, Failure, PathBytes, SkipReason, Skipped},
     task::{ScanLimits, ScanOptions},
     text::escape_for_display,
@@ -43,53 +51,59 @@ use tm_scanner::{
 };
 
 use crate::{
-    platform::fs::{Object, facts_of},
+    platform::{
+        self,
+        fs::{Object, facts_of},
+    },
     scan::{
         batch::Batch,
         crews::{Crews, FinishOnDrop, With},
+        hire::{Hire, OwnWorker},
+        hold::Hold,
         ledger::Ledger,
         memory::{Met, Room},
-        pace::Pace,
+        past::Past,
         quick::{Quick, is_of_interest},
         seen::{Known, Seen},
         walk::Found,
     },
 };
 
-/// How often progress is told.
+/// How often progress is told, unless asked otherwise.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long one call to a file system may take, unless one file may take less.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a cancel may go unnoticed while no result comes.
 const CANCEL_EVERY: Duration = Duration::from_millis(100);
-/// How soon the next file follows one that is looked at alone.
-const PAUSE: Duration = Duration::from_micros(200);
-/// How soon a scan that is held to a share of a core looks whether it may go on.
-const HELD: Duration = Duration::from_millis(20);
 
 /// Where to look, with what, and how.
 #[derive(Debug)]
 pub(crate) struct Order {
-    /// Files and folders.
+    /// Files and folders. A full scan has none and looks at the root.
     pub(crate) paths: Vec<PathBytes>,
-    /// Look at what a quick scan looks at, too.
-    pub(crate) quick: bool,
     /// What to look for.
     pub(crate) patterns: Vec<Pattern>,
     /// How far to go with one file.
     pub(crate) limits: ScanLimits,
-    /// How to go about it. A share of a core means one file at a time, whatever `threads` says.
+    /// What else to look at and how to go about it. A share of a core means one file at a time, whatever `threads`
+    /// says.
     pub(crate) options: ScanOptions,
     /// Where it is kept which files are known clean; nothing is remembered without.
     pub(crate) seen: Option<PathBuf>,
-    /// Look at the memory of processes too, at most so many bytes of each.
-    pub(crate) memory: Option<u64>,
+    /// Where it is kept what past scans have cost; nothing is remembered without.
+    pub(crate) past: Option<PathBuf>,
     /// Scanning threads in the worker, at least 1.
     pub(crate) threads: usize,
     /// Niceness of the worker, 0 to 19.
     pub(crate) nice: i32,
     /// Told once what is in force around the worker.
     pub(crate) sandboxed: fn(&[PartState]),
+    /// How often it is told how far the scan is; in steps of 100 ms.
+    pub(crate) tick: Duration,
+    /// Who looks at the files.
+    pub(crate) hire: Arc<dyn Hire>,
+    /// Told what a person who waits for the scan should know of how it is held.
+    pub(crate) remark: fn(&str),
 }
 
 impl Order {
@@ -97,16 +111,29 @@ impl Order {
     pub(crate) fn new(paths: Vec<PathBytes>, patterns: Vec<Pattern>, limits: ScanLimits) -> Self {
         Self {
             paths,
-            quick: false,
             patterns,
             limits,
             options: ScanOptions::default(),
             seen: None,
-            memory: None,
+            past: None,
             threads: all_cores(),
             nice: 10,
             sandboxed: warn_once,
+            tick: PROGRESS_EVERY,
+            hire: Arc::new(OwnWorker),
+            remark: remark_once,
         }
+    }
+
+    /// How its paths are walked.
+    fn walk(&self) -> walk::Options {
+        let patience = PATIENCE.min(Duration::from_millis(self.limits.file_ms));
+        walk::Options { all_local: self.options.all_local || self.options.full, patience }
+    }
+
+    /// Where to walk, besides what a quick scan finds.
+    fn paths(&self) -> Vec<PathBytes> {
+        if self.options.full { vec![PathBytes::from(&b"/"[..])] } else { self.paths.clone() }
     }
 }
 
@@ -141,19 +168,36 @@ pub(crate) enum Update {
 /// `worker-failed` if there is no worker to look at files.
 pub(crate) fn run(
     order: Order,
-    mut sink: impl FnMut(Update) + Send,
+    sink: impl FnMut(Update) + Send,
     cancel: &AtomicBool,
 ) -> Result<Coverage, Failure> {
+    tell(&order, sink, cancel).map(|done| done.coverage)
+}
+
+/// Says what `order` would look at and what that is likely to cost; it reads nothing. Otherwise as [`run`].
+///
+/// # Errors
+/// `path-refused` if a path is missing or leads through a link.
+pub(crate) fn quote(
+    order: Order,
+    sink: impl FnMut(Update) + Send,
+    cancel: &AtomicBool,
+) -> Result<Quote, Failure> {
+    let done = tell(&order, sink, cancel)?;
+    Ok(quote::of(&order, &done, &order.past.as_deref().map(Past::read).unwrap_or_default()))
+}
+
+fn tell(order: &Order, mut sink: impl FnMut(Update) + Send, cancel: &AtomicBool) -> Result<Done, Failure> {
     let mut batch = Batch::default();
-    let coverage = run_with(
-        &order,
+    let done = run_with(
+        order,
         &mut |event| match event {
             Event::Detection(detection, object) => {
                 if let Some(full) = batch.push(detection.clone(), object) {
                     sink(Update::Detections(full));
                 }
             }
-            Event::Skipped(_) => {}
+            Event::Skipped(_) | Event::Now(_) => {}
             Event::Tick(coverage) => {
                 if let Some(waiting) = batch.take() {
                     sink(Update::Detections(waiting));
@@ -172,7 +216,17 @@ pub(crate) fn run(
     if let Some(rest) = batch.take() {
         sink(Update::Detections(rest));
     }
-    Ok(coverage)
+    Ok(done)
+}
+
+/// What came of a scan.
+#[derive(Debug)]
+struct Done {
+    coverage: Coverage,
+    /// Bytes of the files that were known clean.
+    known_bytes: u64,
+    /// CPU time of the workers until their patterns were loaded.
+    load: Duration,
 }
 
 /// What can stand in the way of a scan.
@@ -223,7 +277,7 @@ fn problem_line(problem: &Problem) -> String {
 }
 
 /// The error and its causes, joined by colons.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
@@ -234,7 +288,9 @@ enum Event<'a> {
     Detection(&'a Detection, Object),
     /// Something was not looked at.
     Skipped(&'a Skipped),
-    /// A second has passed.
+    /// This is looked at; before each tick, if there is anything.
+    Now(&'a PathBytes),
+    /// A while has passed ([`Order::tick`]).
     Tick(&'a Coverage),
 }
 
@@ -242,38 +298,61 @@ type Observer<'a> = &'a mut (dyn FnMut(Event<'_>) + Send);
 
 /// The scan itself: one thread walks, one takes the results of each worker, this one watches the time. A worker's
 /// queue is bounded; while it is full, the walk waits.
-fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Coverage, Error> {
+fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result<Done, Error> {
     let started = Instant::now();
-    walk::check(&order.paths, &|| cancel.load(Ordering::Relaxed))?;
-    let options = PoolOptions {
-        threads: if order.options.cpu_percent.is_some() { 1 } else { order.threads.max(1) },
-        limits: order.limits,
-        nice: order.nice,
-    };
-    let seen = order.seen.as_deref().and_then(|path| Seen::open(path, &order.patterns));
+    let paths = order.paths();
+    walk::check(&paths, &|| cancel.load(Ordering::Relaxed))?;
+    let mut options = PoolOptions { threads: order.threads.max(1), limits: order.limits, nice: order.nice };
+    let mark = rein::mark();
+    let hold = order.options.cpu_percent.map(|percent| Hold::new(percent, &mark));
+    if let Some(hold) = &hold {
+        options.threads = 1;
+        options.limits.file_ms = hold.stretched(order.limits.file_ms);
+        if !hold.knows_pressure() {
+            (order.remark)("this kernel tells no pressure; the scan keeps to its share whoever else waits");
+        }
+    }
+    let seen = order.seen.as_deref().and_then(|path| Seen::open(path, &order.patterns, order.options.fresh));
     let rest = seen.as_ref().map(|seen| with_digests(&order.patterns, seen.rest())).unwrap_or_default();
     // Patterns that have found files clean are known to load; others are tried before anything else is done.
     let may_wait = seen.as_ref().is_some_and(Seen::may_know);
     let seen = seen.map(Mutex::new);
-    let (crews, room) = (Crews::new(&order.patterns, rest, options), Room::default());
+    let program = rein::program(&mark);
+    let (crews, room) = (Crews::new(&order.patterns, rest, program, options, &*order.hire), Room::default());
     // Handed to a worker and not come back.
     let out = AtomicUsize::new(0);
     let ledger = Ledger::new(order.limits, observe);
     let own_cpu = thread_cpu();
-    let others_cpu = std::thread::scope(|scope| {
+    let (others_cpu, load) = std::thread::scope(|scope| {
         let (walked, walking) = bounded::<()>(1);
         let walker = scope.spawn(|| {
             // Dropped last, so that the watch goes on until all is done.
             let _walked = walked;
-            walk_and_take(scope, order, &crews, (&ledger, &room, &out), seen.as_ref(), may_wait, cancel)
+            if hold.is_some()
+                && let Err(error) = platform::idle::wait_for_others()
+            {
+                (order.remark)(&format!("the scan does not wait for others' reads: {error}"));
+            }
+            let held = hold.as_ref();
+            let seen = (seen.as_ref(), may_wait);
+            walk_and_take(scope, (order, &mark), &crews, (&ledger, &room, &out), seen, held, cancel)
         });
+        if let Some(hold) = &hold {
+            let (walking, crews, out) = (walking.clone(), &crews, &out);
+            scope.spawn(move || {
+                let is_busy = || out.load(Ordering::Acquire) > 0;
+                while walking.recv_timeout(hold.turn(crews, is_busy)).is_err_and(|error| error.is_timeout()) {
+                }
+                hold.let_go();
+            });
+        }
         let mut ticked = started;
         while walking.recv_timeout(CANCEL_EVERY).is_err_and(|error| error.is_timeout()) {
             if cancel.load(Ordering::Relaxed) {
                 // Again each time: the walk may just be starting one.
                 crews.cancel();
             }
-            if ticked.elapsed() >= PROGRESS_EVERY {
+            if ticked.elapsed() >= order.tick {
                 ticked = Instant::now();
                 ledger.lock().tick();
             }
@@ -290,7 +369,7 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
         Some(None) if !is_cancelled => return Err(Error::Pool),
         Some(None) | None => {}
     }
-    if let Some(seen) = seen {
+    if let Some(seen) = seen.filter(|_| !order.options.dry_run) {
         let seen = seen.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = seen.save() {
             // The next scan reads more than it must; this one has lost nothing.
@@ -298,27 +377,18 @@ fn run_with(order: &Order, observe: Observer<'_>, cancel: &AtomicBool) -> Result
         }
     }
     let own_cpu = thread_cpu().saturating_sub(own_cpu).saturating_add(others_cpu);
+    let known_bytes = ledger.lock().known_bytes();
     let mut coverage = ledger.close(is_cancelled);
     coverage.elapsed_ms = millis(started.elapsed());
     coverage.cpu_ms = millis(own_cpu).saturating_add(crews.cpu_ms());
-    Ok(coverage)
-}
-
-/// Waits until nothing is in hand and the share of a core allows for one more file, or the scan is to stop.
-fn hold(
-    pace: &mut Pace,
-    started: &Instant,
-    cpu: impl Fn() -> Duration,
-    is_busy: &dyn Fn() -> bool,
-    stopped: &dyn Fn() -> bool,
-) {
-    while !stopped() {
-        let wait = if is_busy() { PAUSE } else { pace.wait(started.elapsed(), cpu()).min(HELD) };
-        if wait.is_zero() {
-            return;
-        }
-        std::thread::sleep(wait);
+    let done = Done { coverage, known_bytes, load };
+    if let Some(path) = order.past.as_deref().filter(|_| !is_cancelled && !order.options.dry_run)
+        && let Err(error) = Past::add_run(path, quote::run_of(order, &done))
+    {
+        // The next quote is worse for it; this scan has lost nothing.
+        tracing::warn!(%error, "cannot remember what a scan has cost");
     }
+    Ok(done)
 }
 
 /// What is missing of the workers' sandbox, in one line; nothing if all is in force.
@@ -341,20 +411,35 @@ fn warn_once(parts: &[PartState]) {
     *said = missing;
 }
 
-/// Walks, hands over, and waits for the last result. Returns the CPU time of all that.
+/// Says in the log, once for each, how a scan is held.
+fn remark_once(remark: &str) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(remark.to_owned()) {
+        tracing::info!(remark, "A scan is held to its share.");
+    }
+}
+
+/// Walks, hands over, and waits for the last result. Returns the CPU time of all that, and that of the workers until
+/// their patterns were loaded.
 fn walk_and_take<'scope, 'env, 'books>(
     scope: &'scope Scope<'scope, 'env>,
-    order: &'env Order,
+    (order, mark): (&'env Order, &'env str),
     crews: &'env Crews<'env>,
     (ledger, room, out): (&'env Ledger<'books>, &'env Room, &'env AtomicUsize),
-    seen: Option<&'env Mutex<Seen>>,
-    may_wait: bool,
+    (seen, may_wait): (Option<&'env Mutex<Seen>>, bool),
+    hold: Option<&'env Hold>,
     cancel: &AtomicBool,
-) -> Duration {
+) -> (Duration, Duration) {
+    let dry_run = order.options.dry_run;
+    let load = Cell::new(Duration::ZERO);
     let finish = FinishOnDrop(crews);
     let lock = |seen: &'env Mutex<Seen>| seen.lock().unwrap_or_else(PoisonError::into_inner);
     let mut takers = Vec::new();
     let mut start = |with| {
+        // This is asked for every file, and what follows looks at every process.
+        if crews.runs(with) {
+            return;
+        }
         let take = move |ItemResult { id, findings }: ItemResult| {
             if let Some(seen) = seen {
                 lock(seen).answer(id, findings.matches.is_empty() && findings.skips.is_empty());
@@ -365,8 +450,13 @@ fn walk_and_take<'scope, 'env, 'books>(
             }
             out.fetch_sub(1, Ordering::AcqRel);
         };
+        let before = if takers.is_empty() { Duration::ZERO } else { rein::cpu_of(mark) };
         match crews.start(with, scope, take) {
             Ok(Some(taker)) => {
+                if let Some(hold) = hold {
+                    hold.take_up();
+                }
+                load.set(load.get() + rein::cpu_of(mark).saturating_sub(before));
                 takers.push(taker);
                 (order.sandboxed)(crews.sandbox());
             }
@@ -374,27 +464,34 @@ fn walk_and_take<'scope, 'env, 'books>(
             Err(error) => crews.give_up(Some(error)),
         }
     };
-    if !may_wait {
-        start(With::All);
+    if !may_wait && !dry_run {
+        // The others have found files clean before; where those are still what they were, nothing else is needed.
+        start(if crews.has_rest() { With::Rest } else { With::All });
     }
     let stopped = || cancel.load(Ordering::Relaxed) || crews.is_given_up();
-    let patience = PATIENCE.min(Duration::from_millis(order.limits.file_ms));
-    let options = walk::Options { all_local: order.options.all_local, patience };
-    let started = Instant::now();
-    let mut pace = order.options.cpu_percent.map(Pace::new);
-    let mut submit = |with, item| {
-        if let Some(pace) = &mut pace {
-            let cpu = || Duration::from_millis(crews.cpu_ms()).saturating_add(thread_cpu());
-            hold(pace, &started, cpu, &|| out.load(Ordering::Acquire) > 0, &stopped);
+    let options = order.walk();
+    // Before anything that costs, so that also files that are known, and are many, keep to the share.
+    let held = || {
+        if let Some(hold) = hold {
+            hold.wait(crews, || out.load(Ordering::Acquire) > 0, stopped);
         }
+    };
+    let submit = |with, item| {
         out.fetch_add(1, Ordering::AcqRel);
         crews.submit(with, item);
     };
     let mut cpu = Duration::ZERO;
-    if let Some(most) = order.memory {
+    if order.options.processes && dry_run {
+        memory::would_read(memory::MOST_BYTES, &mut |met| {
+            if let Met::Process(bytes) = met {
+                ledger.lock().process(bytes);
+            }
+        });
+    } else if order.options.processes {
         start(With::All);
-        memory::walk((most, order.limits.file_bytes), room, &stopped, &mut |met| match met {
+        memory::walk((memory::MOST_BYTES, order.limits.file_bytes), room, &stopped, &mut |met| match met {
             Met::Piece { path, member, file } => {
+                held();
                 let id = ledger.lock().hand_over_memory(path, member);
                 submit(With::All, Item { id, file });
             }
@@ -402,13 +499,17 @@ fn walk_and_take<'scope, 'env, 'books>(
             Met::Skipped(skipped) => ledger.lock().skip(skipped),
         });
     }
-    let quick = order.quick.then(Quick::now);
+    let quick = order.options.quick.then(Quick::now);
     let mut hand_over = |found, is_home| match found {
         Found::File { facts, .. } if is_home && !is_of_interest(&facts) => {}
         Found::File { path, file, facts } => {
+            held();
             let Some(id) = ledger.lock().hand_over(path, &facts) else { return };
             let with = match seen.map_or(Known::No, |seen| lock(seen).meet(&facts, id)) {
                 Known::ByAll => return ledger.lock().known(id, facts.stamp.parts().0),
+                Known::ButTheRest | Known::No if dry_run => {
+                    return ledger.lock().would_read(id, facts.stamp.parts().0);
+                }
                 Known::ButTheRest => With::Rest,
                 Known::No => With::All,
             };
@@ -427,7 +528,7 @@ fn walk_and_take<'scope, 'env, 'books>(
             }
         }
     }
-    for path in order.paths.iter().chain(&whole) {
+    for path in order.paths().iter().chain(&whole) {
         cpu += walk::walk(path, options, &stopped, &mut |found| hand_over(found, false));
     }
     for path in &homes {
@@ -437,7 +538,7 @@ fn walk_and_take<'scope, 'env, 'books>(
     for taker in takers {
         cpu += taker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     }
-    cpu + thread_cpu()
+    (cpu + thread_cpu(), load.get())
 }
 
 /// Those of `patterns` that are named.

@@ -64,6 +64,8 @@ pub(super) struct Seen {
     wanted: BTreeSet<Sha256>,
     /// What most entries lack of them, if they have some.
     rest: BTreeSet<Sha256>,
+    /// Every file is to be looked at again.
+    fresh: bool,
     /// Files in the worker's hands: what to remember if they turn out clean, and the set then.
     in_hand: HashMap<u64, (u128, u16)>,
     mounts: Mounts,
@@ -77,9 +79,9 @@ struct Entry {
 }
 
 impl Seen {
-    /// Reads what earlier scans left at `path`. `None` if these patterns give other results at another time, so
-    /// that nothing can be remembered.
-    pub(super) fn open(path: &Path, patterns: &[Pattern]) -> Option<Self> {
+    /// Reads what earlier scans left at `path`; with `fresh` it answers nothing, and what this
+    /// scan finds takes its place file by file. `None` if these patterns give other results at another time, so that nothing can be remembered.
+    pub(super) fn open(path: &Path, patterns: &[Pattern], fresh: bool) -> Option<Self> {
         if patterns.iter().any(depends_on_time) || patterns.len() > MOST_PATTERNS {
             return None;
         }
@@ -93,11 +95,14 @@ impl Seen {
             entries,
             wanted,
             rest: BTreeSet::new(),
+            fresh,
             in_hand: HashMap::new(),
             mounts: Mounts::new(),
             now_s: i64::try_from(now_s).unwrap_or(0),
         };
-        seen.rest = seen.most_missed();
+        if !fresh {
+            seen.rest = seen.most_missed();
+        }
         Some(seen)
     }
 
@@ -108,7 +113,7 @@ impl Seen {
 
     /// Whether any file may be known by all patterns.
     pub(super) fn may_know(&self) -> bool {
-        self.sets.iter().any(|set| set.is_superset(&self.wanted))
+        !self.fresh && self.sets.iter().any(|set| set.is_superset(&self.wanted))
     }
 
     /// Whether the file is known clean. It is given to the worker under `id` if not by all.
@@ -139,7 +144,7 @@ impl Seen {
             entry.is_met = true;
             entry.set
         });
-        let set = known.and_then(|set| self.sets.get(usize::from(set)));
+        let set = known.filter(|_| !self.fresh).and_then(|set| self.sets.get(usize::from(set)));
         let (answer, then) = match set {
             Some(set) if set.is_superset(&self.wanted) => return Known::ByAll,
             Some(set) => {
@@ -344,7 +349,7 @@ mod tests {
         }
 
         fn open(&self, patterns: &[Pattern]) -> Seen {
-            let mut seen = Seen::open(&self.cache(), patterns).unwrap();
+            let mut seen = Seen::open(&self.cache(), patterns, false).unwrap();
             seen.now_s += SETTLED_S + 10;
             seen
         }
@@ -384,10 +389,33 @@ mod tests {
     }
 
     #[test]
+    fn a_fresh_scan_reads_what_is_known_and_forgets_nothing_else() {
+        let later = Later::new();
+        let (a, b) = ([pattern("a")], [pattern("a"), pattern("b")]);
+        assert_eq!(later.scan(&a, true), Known::No);
+        let other = later.folder.path().join("g");
+        fs::write(&other, b"y").unwrap();
+        let facts = facts_of(File::open(&other).unwrap()).unwrap();
+        let mut seen = later.open(&a);
+        assert_eq!(seen.meet_settled(&facts, 1), Known::No);
+        seen.answer(1, true);
+        seen.save().unwrap();
+
+        let mut seen = Seen::open(&later.cache(), &b, true).unwrap();
+        seen.now_s += SETTLED_S + 10;
+        assert!(!seen.may_know() && seen.rest().is_empty());
+        assert_eq!(seen.meet_settled(&later.facts(), 1), Known::No);
+        seen.answer(1, false);
+        seen.save().unwrap();
+        assert_eq!(later.open(&a).meet_settled(&later.facts(), 1), Known::No, "it is not clean any more");
+        assert_eq!(later.open(&a).meet_settled(&facts, 1), Known::ByAll, "what was not met stays known");
+    }
+
+    #[test]
     fn a_file_that_was_just_changed_is_not_remembered() {
         let later = Later::new();
         let patterns = [pattern("a")];
-        let mut seen = Seen::open(&later.cache(), &patterns).unwrap();
+        let mut seen = Seen::open(&later.cache(), &patterns, false).unwrap();
         assert_eq!(seen.meet_settled(&later.facts(), 1), Known::No);
         seen.answer(1, true);
         assert!(seen.entries.is_empty());
@@ -431,7 +459,7 @@ mod tests {
             ("rule a { strings: $a = \"time\" condition: $a }", true),
         ] {
             let pattern = Pattern::new("p", text.as_bytes().to_vec()).unwrap();
-            assert_eq!(Seen::open(&later.cache(), &[pattern]).is_some(), is_remembered, "{text}");
+            assert_eq!(Seen::open(&later.cache(), &[pattern], false).is_some(), is_remembered, "{text}");
         }
     }
 }

@@ -128,6 +128,7 @@ async fn scan(task: TaskId, spec: ScanSpec, context: Context, cancel: Arc<Atomic
     let mut order = scan::Order::new(spec.paths.clone(), patterns, spec.limits);
     order.options = spec.options;
     order.seen = Some(context.paths.seen());
+    order.past = Some(context.paths.costs());
     let (tell, boot, signer) = (context.tell, context.boot, context.signer);
     let started = (context.clock)();
     let work = move || {
@@ -143,15 +144,18 @@ async fn scan(task: TaskId, spec: ScanSpec, context: Context, cancel: Arc<Atomic
             };
             say(&tell, told, &cancel);
         };
+        if spec.options.dry_run {
+            return scan::quote(order, sink, &cancel).map(Outcome::Quoted);
+        }
         let mut coverage = scan::run(order, sink, &cancel)?;
         if let Some(signer) = signer {
             let whole = !cancel.load(Ordering::Acquire);
             signer.sign(task, &spec, &mut coverage, started, whole);
         }
-        Ok(coverage)
+        Ok(Outcome::Scanned(coverage))
     };
     match blocking(work).await {
-        Ok(Ok(coverage)) => Outcome::Scanned(coverage),
+        Ok(Ok(outcome)) => outcome,
         Ok(Err(failure)) | Err(failure) => Outcome::Failed(failure),
     }
 }

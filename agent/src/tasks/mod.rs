@@ -526,6 +526,9 @@ impl Tasks {
             }
             (Some((Stopping::Cancelled, _)), _) => Outcome::Cancelled(None),
             (Some((Stopping::Deadline, _)), Outcome::Treated(tally)) => Outcome::TreatedUntilDeadline(tally),
+            (Some((Stopping::Deadline, _)), Outcome::Scanned(coverage)) => {
+                Outcome::ScannedUntilDeadline(coverage)
+            }
             (Some((Stopping::Deadline, _)), _) => Outcome::Failed(too_late()),
             (None, outcome) => outcome,
         };

@@ -37,13 +37,15 @@ pub(super) fn invalid(spec: &TaskSpec) -> Option<Failure> {
         path.0.starts_with(b"/") && path.0.len() <= ScanSpec::MAX_PATH && !path.0.contains(&0)
     };
     let (is_sound, what) = match spec {
-        TaskSpec::Scan(scan) => (
-            (1..=ScanSpec::MAX_PATHS).contains(&scan.paths.len())
-                && scan.paths.iter().all(is_path)
-                && (1..=ScanSpec::MAX_PATTERNS).contains(&scan.patterns.len())
-                && scan.options.is_valid(),
-            "a scan needs absolute paths and patterns, within their limits",
-        ),
+        TaskSpec::Scan(scan) => match scan.options.contradiction(scan.paths.len()) {
+            Some(why) => (false, why),
+            None => (
+                scan.paths.len() <= ScanSpec::MAX_PATHS
+                    && scan.paths.iter().all(is_path)
+                    && (1..=ScanSpec::MAX_PATTERNS).contains(&scan.patterns.len()),
+                "a scan needs absolute paths and patterns, within their limits",
+            ),
+        },
         TaskSpec::Cleanup(cleanup) => (
             (1..=CleanupSpec::MAX_DETECTIONS).contains(&cleanup.detections.len()),
             "a cleanup needs detections, within their limit",

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct ImportQuery {
     /// What people will call it: 1 to 128 characters, no control characters, no `/`.
     pub name: String,
+    /// Take it although some of its rules can hold up a scan. They are still named.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
 }
 
 /// One pattern: the answer to an import, a row of `GET /v1/patterns`, or `GET /v1/patterns/{pattern}`
@@ -22,15 +25,29 @@ pub struct PatternView {
     pub kind: String,
     /// Its length, in bytes.
     pub size: u64,
-    /// How many rules it holds.
+    /// How many rules it holds; 0 for a digest list.
     pub rules: u32,
+    /// What a digest list holds; absent for rules.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digests: Option<Digests>,
     /// Who imported it.
     pub imported_by: String,
     /// When.
     pub imported_at: String,
-    /// What the compiler remarked without refusing.
+    /// What the compiler remarked without refusing, or which lines of a digest list hold none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<Problem>,
+}
+
+/// How many digests a list holds, each once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digests {
+    /// Of these.
+    pub md5: u64,
+    /// Of these.
+    pub sha1: u64,
+    /// Of these.
+    pub sha256: u64,
 }
 
 /// A place in a pattern's text and what is wrong there.

@@ -87,7 +87,8 @@ pub struct RunRestore {
 pub struct StartScan {
     /// For whom.
     pub to: Targets,
-    /// Absolute paths, each base64 of its exact bytes.
+    /// Absolute paths, each base64 of its exact bytes. None are needed where the options say what to look at.
+    #[serde(default)]
     pub paths_b64: Vec<String>,
     /// Patterns by name or digest; empty means all that are imported (of each name the newest).
     #[serde(default)]
@@ -166,6 +167,62 @@ pub struct TaskView {
     pub finished_at: Option<String>,
     /// When it expires if it has not begun.
     pub expires_at: String,
+    /// Where a scan looks (escaped), told of a task that is asked for by its id.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<String>,
+    /// What else it looks at and how it goes about it, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<ScanOptions>,
+    /// What was quoted for the same order before, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quoted: Option<Box<QuotedView>>,
+}
+
+/// A quote that was made for the same order, before it was given.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct QuotedView {
+    /// The task that made it.
+    pub task: String,
+    /// When that was ordered.
+    pub created_at: String,
+    /// What it said.
+    pub quote: QuoteView,
+}
+
+/// What came of a scan with `dry_run`: what it would look at, and what that is likely to cost. Nothing was read for
+/// it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct QuoteView {
+    /// Files that it would look at, those that are known clean among them.
+    pub files: u64,
+    /// Bytes of those files.
+    pub bytes: u64,
+    /// How many of them are known clean and would not be read.
+    pub known: u64,
+    /// Bytes of those.
+    pub known_bytes: u64,
+    /// What would be skipped, by reason, as far as it shows without reading.
+    pub skipped: BTreeMap<String, u64>,
+    /// What it is likely to cost; missing where there is no past scan to estimate from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<EstimateView>,
+    /// Wall time of the quote itself, in seconds.
+    pub elapsed_s: f64,
+    /// CPU time of the quote itself, in seconds.
+    pub cpu_s: f64,
+}
+
+/// What a scan is likely to cost, as past scans of the endpoint went.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct EstimateView {
+    /// CPU time, in seconds.
+    pub cpu_s: f64,
+    /// Wall time, in seconds.
+    pub elapsed_s: f64,
+    /// From how many past scans.
+    pub runs: u32,
+    /// Whether they were with the same patterns; others tell less.
+    pub same_patterns: bool,
 }
 
 /// How far a running scan is.
@@ -187,6 +244,11 @@ impl TaskView {
         self.result.as_ref().and_then(TaskResult::scan)
     }
 
+    /// What it said, if it is a scan with `dry_run` that has ended well.
+    pub fn quote(&self) -> Option<&QuoteView> {
+        self.result.as_ref().and_then(TaskResult::quote)
+    }
+
     /// Its sum, if it is a cleanup or a restore that has one.
     pub fn treatment(&self) -> Option<&Tally> {
         self.result.as_ref().and_then(TaskResult::treatment)
@@ -201,6 +263,8 @@ pub enum TaskResult {
     Scan(ScanResult),
     /// Of a cleanup or a restore. Its items are at `GET /v1/tasks/{id}/items`.
     Treatment(Tally),
+    /// Of a scan with `dry_run`.
+    Quote(QuoteView),
 }
 
 impl TaskResult {
@@ -208,15 +272,23 @@ impl TaskResult {
     pub const fn scan(&self) -> Option<&ScanResult> {
         match self {
             Self::Scan(scan) => Some(scan),
-            Self::Treatment(_) => None,
+            Self::Treatment(_) | Self::Quote(_) => None,
         }
     }
 
     /// A cleanup's or restore's sum.
     pub const fn treatment(&self) -> Option<&Tally> {
         match self {
-            Self::Scan(_) => None,
+            Self::Scan(_) | Self::Quote(_) => None,
             Self::Treatment(tally) => Some(tally),
+        }
+    }
+
+    /// What a scan with `dry_run` said.
+    pub const fn quote(&self) -> Option<&QuoteView> {
+        match self {
+            Self::Scan(_) | Self::Treatment(_) => None,
+            Self::Quote(quote) => Some(quote),
         }
     }
 }

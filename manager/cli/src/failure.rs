@@ -103,7 +103,7 @@ pub(crate) enum Failure {
         source: io::Error,
     },
     /// A pattern that no manager takes.
-    #[error("`{}` has more than the {max} bytes that a pattern may have", path.display(), max = tm_patterns::MAX_SIZE)]
+    #[error("`{}` has more than the {max} bytes that a pattern may have", path.display(), max = tm_patterns::MAX_IMPORT)]
     PatternTooLarge {
         /// The file.
         path: PathBuf,

@@ -1,21 +1,32 @@
-//! Bulk transfers over `http/1.1`: for now, a pattern by its digest.
+//! Bulk transfers over `http/1.1`: for now, a pattern by its digest. Many agents may ask for a large one at once, so
+//! it is read while it is sent and never held whole.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, io, time::Duration};
 
-use http_body_util::Full;
-use hyper::{Method, Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
+use futures_util::TryStreamExt as _;
+use http_body_util::{BodyExt, Empty, StreamBody, combinators::BoxBody};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Frame},
+    header::{CONTENT_LENGTH, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tm_protocol::ids::Sha256;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::timeout,
 };
+use tokio_util::io::ReaderStream;
 
 use crate::patterns::Blobs;
 
 /// How long a request's header may take, and a whole link.
 const HEADER: Duration = Duration::from_secs(10);
 const LINK: Duration = Duration::from_secs(600);
+/// What is read of a pattern at a time, in bytes.
+const PIECE: usize = 128 << 10;
 
 /// Serves one link.
 pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(link: L, blobs: Blobs) {
@@ -32,14 +43,16 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(link
     let _ = timeout(LINK, served).await;
 }
 
-async fn answer(request: &Request<hyper::body::Incoming>, blobs: &Blobs) -> Response<Full<Bytes>> {
+type Answer = Response<BoxBody<Bytes, io::Error>>;
+
+async fn answer(request: &Request<hyper::body::Incoming>, blobs: &Blobs) -> Answer {
     let wanted = request.uri().path().strip_prefix("/v1/patterns/").and_then(|d| d.parse::<Sha256>().ok());
     let (Some(wanted), &Method::GET) = (wanted, request.method()) else {
         return status(StatusCode::NOT_FOUND);
     };
-    match tokio::fs::read(blobs.path(wanted)).await {
-        Ok(bytes) => Response::new(Full::new(Bytes::from(bytes))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => status(StatusCode::NOT_FOUND),
+    match open(blobs, wanted).await {
+        Ok(response) => response,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => status(StatusCode::NOT_FOUND),
         Err(error) => {
             tracing::error!(%error, pattern = %wanted, "Cannot read a pattern.");
             status(StatusCode::INTERNAL_SERVER_ERROR)
@@ -47,8 +60,18 @@ async fn answer(request: &Request<hyper::body::Incoming>, blobs: &Blobs) -> Resp
     }
 }
 
-fn status(code: StatusCode) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::default());
+/// An answer that brings the pattern, of which agents want to know the length before.
+async fn open(blobs: &Blobs, wanted: Sha256) -> io::Result<Answer> {
+    let file = tokio::fs::File::open(blobs.path(wanted)).await?;
+    let length = file.metadata().await?.len();
+    let pieces = ReaderStream::with_capacity(file, PIECE).map_ok(Frame::data);
+    let mut response = Response::new(BodyExt::boxed(StreamBody::new(pieces)));
+    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+    Ok(response)
+}
+
+fn status(code: StatusCode) -> Answer {
+    let mut response = Response::new(BodyExt::boxed(Empty::new().map_err(|never| match never {})));
     *response.status_mut() = code;
     response
 }

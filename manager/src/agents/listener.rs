@@ -17,7 +17,7 @@ use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use super::{
     LinkError, bulk,
     enrollment::{self, Guard},
-    renewal,
+    now_ms, renewal,
     session::{self, Shared},
     tls::{AgentTls, Peer, peer},
 };

@@ -65,6 +65,7 @@ impl Shown {
     }
 
     fn fresh(authority: &Authority, names: &[String]) -> anyhow::Result<Arc<CertifiedKey>> {
+        let (chain, key) = authority.server(names)?;
         Ok(Arc::new(CertifiedKey::from_der(chain, key, &aws_lc_rs::default_provider())?))
     }
 
@@ -147,7 +148,6 @@ pub(crate) fn configure(
     shown: &Arc<Shown>,
 ) -> anyhow::Result<(AgentTls, Arc<ServerConfig>)> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    let (chain, key) = authority.server(names)?;
     let mut roots = RootCertStore::empty();
     roots.add(authority.certificate().clone())?;
     let verifier =

@@ -96,6 +96,9 @@ const fn route(
     Route { method, path, permission, body: MIB, patience: PATIENCE, handler }
 }
 
+/// More than is read of any pattern: who reads it says that it is too large.
+const MAX_PATTERN: usize = (512 << 20) + MIB;
+
 /// Everything that can be asked.
 pub(crate) static ROUTES: &[Route] = &[
     route(Method::GET, "/v1/version", Permission::ReadVersion, |m| on(m, version::show)),
@@ -128,7 +131,7 @@ pub(crate) static ROUTES: &[Route] = &[
         method: Method::POST,
         path: "/v1/patterns",
         permission: Permission::ImportPatterns,
-        body: tm_patterns::MAX_SIZE,
+        body: MAX_PATTERN,
         patience: IMPORT_PATIENCE,
         handler: |m| on(m, patterns::import),
     },

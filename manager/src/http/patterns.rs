@@ -1,19 +1,18 @@
 //! `/v1/patterns`.
 
 use axum::{
-    Extension, Json,
-    body::Bytes,
-    extract::{FromRequest as _, Request, State},
+    Extension, Json, RequestExt as _,
+    extract::{Request, State},
 };
 use tm_api::{
     error::Code,
-    pattern::{ImportQuery, PatternView, Problem},
+    pattern::{Digests, ImportQuery, PatternView, Problem},
 };
-use tm_patterns::InvalidPattern;
+use tm_patterns::{InvalidPattern, digests::Algorithm};
 
 use super::{
     Actor, AppState,
-    error::{Error, is_too_large, quoted},
+    error::{Error, quoted},
     input::{self, Named, Params},
     now_ms, rfc3339,
 };
@@ -28,21 +27,14 @@ use crate::{
 pub(crate) async fn import(
     State(state): State<AppState>,
     Extension(actor): Extension<Actor>,
-    Params(ImportQuery { name }): Params<ImportQuery>,
+    Params(ImportQuery { name, force }): Params<ImportQuery>,
     request: Request,
 ) -> Result<Json<PatternView>, Error> {
     input::pattern_name(&name)?;
     let turn = patterns::turn().await;
-    let bytes = Bytes::from_request(request, &state).await.map_err(|rejection| {
-        if is_too_large(rejection.status()) {
-            let max = tm_patterns::MAX_SIZE;
-            Error::new(Code::TooLarge, format!("the pattern has more than the {max} bytes that are allowed"))
-        } else {
-            Error::invalid("the pattern did not arrive whole")
-        }
-    })?;
+    let body = request.into_limited_body().into_data_stream();
     let rooms = (&state.store, &state.blobs, &state.worker);
-    let row = patterns::import(turn, rooms, &actor.name, name, bytes.into(), now_ms()).await?;
+    let row = patterns::import(turn, rooms, &actor.name, name, body, force, now_ms()).await?;
     Ok(Json(view(row)))
 }
 
@@ -78,6 +70,11 @@ fn view(row: PatternRow) -> PatternView {
         kind: row.kind,
         size: row.reference.size,
         rules: row.rules,
+        digests: (row.digests.total() > 0).then(|| Digests {
+            md5: row.digests.of(Algorithm::Md5),
+            sha1: row.digests.of(Algorithm::Sha1),
+            sha256: row.digests.of(Algorithm::Sha256),
+        }),
         imported_by: row.imported_by,
         imported_at: rfc3339(row.imported_ms),
         warnings: row
@@ -88,6 +85,13 @@ fn view(row: PatternRow) -> PatternView {
     }
 }
 
+fn places(problems: Vec<tm_patterns::Problem>) -> Vec<Problem> {
+    problems
+        .into_iter()
+        .map(|tm_patterns::Problem { line, column, message }| Problem { line, column, message })
+        .collect()
+}
+
 impl From<ImportError> for Error {
     fn from(error: ImportError) -> Self {
         let refused = |message: String| Self::new(Code::PatternRefused, message);
@@ -95,23 +99,30 @@ impl From<ImportError> for Error {
             ImportError::Invalid(invalid) => {
                 let message = invalid.to_string();
                 match invalid {
-                    InvalidPattern::TooLarge { .. } => Self::new(Code::TooLarge, message),
+                    InvalidPattern::TooLarge { .. } | InvalidPattern::LongList => {
+                        Self::new(Code::TooLarge, message)
+                    }
                     InvalidPattern::NotText { line } => {
                         let line = u32::try_from(line).unwrap_or(u32::MAX);
                         let problem = Problem { line, column: 0, message: "not UTF-8 text".to_owned() };
                         refused(message).problems(vec![problem])
                     }
-                    InvalidPattern::Empty | InvalidPattern::Compiled | InvalidPattern::Digest { .. } => {
-                        refused(message)
-                    }
+                    InvalidPattern::Empty
+                    | InvalidPattern::Compiled
+                    | InvalidPattern::List(_)
+                    | InvalidPattern::Digests(_)
+                    | InvalidPattern::Memory(_)
+                    | InvalidPattern::Digest { .. } => refused(message),
                 }
             }
+            ImportError::Incomplete(_) => Self::invalid("the pattern did not arrive whole"),
             ImportError::Refused(problems) => {
-                let problems = problems
-                    .into_iter()
-                    .map(|tm_patterns::Problem { line, column, message }| Problem { line, column, message })
-                    .collect();
-                refused("the pattern does not compile".to_owned()).problems(problems)
+                refused("the pattern does not compile".to_owned()).problems(places(problems))
+            }
+            ImportError::TooSlow(problems) => {
+                refused("the pattern has rules that can hold up a scan".to_owned())
+                    .problems(places(problems))
+                    .hint("mend these rules, or take them all the same: import it with --force")
             }
             ImportError::Hostile(what) => refused(format!("the pattern {what}"))
                 .hint("a pattern that a compiler cannot bear is not used"),

@@ -29,8 +29,8 @@ pub(crate) async fn start(
     if request.limits.file_ms == 0 || request.limits.depth > 64 {
         return Err(Error::invalid("the limits allow no time for a file, or more than 64 containers' depth"));
     }
-    if !request.options.is_valid() {
-        return Err(Error::invalid("the share of a core is from 1 to 100 percent"));
+    if let Some(why) = request.options.contradiction(request.paths_b64.len()) {
+        return Err(Error::invalid(why));
     }
     let spec = TaskSpec::Scan(ScanSpec {
         paths: paths(&request.paths_b64)?,
@@ -64,8 +64,8 @@ pub(crate) async fn start(
 }
 
 fn paths(texts: &[String]) -> Result<Vec<PathBytes>, Error> {
-    if !(1..=ScanSpec::MAX_PATHS).contains(&texts.len()) {
-        return Err(Error::invalid(format!("a scan looks at 1 to {} paths", ScanSpec::MAX_PATHS)));
+    if texts.len() > ScanSpec::MAX_PATHS {
+        return Err(Error::invalid(format!("a scan looks at {} paths at most", ScanSpec::MAX_PATHS)));
     }
     texts.iter().map(|text| orders::absolute(text, STANDARD.decode(text).ok())).collect()
 }

@@ -6,14 +6,15 @@ use tm_api::{
     Page, PageQuery,
     error::Code,
     task::{
-        DetectionView, ItemView, ProgressView, ReceiptView, ScanResult, SkippedView, TaskQuery, TaskResult,
-        TaskView,
+        DetectionView, EstimateView, ItemView, ProgressView, QuoteView, QuotedView, ReceiptView, ScanResult,
+        SkippedView, TaskQuery, TaskResult, TaskView,
     },
 };
 use tm_protocol::{
     ids::TaskId,
+    quote::Quote,
     report::Verdict,
-    task::TaskState,
+    task::{TaskSpec, TaskState},
     text::{escape, escape_for_display},
 };
 
@@ -49,7 +50,19 @@ pub(crate) async fn list(
 }
 
 pub(crate) async fn show(State(state): State<AppState>, Named(id): Named) -> Result<Json<TaskView>, Error> {
-    Ok(Json(view(one(&state.store, &id).await?)?))
+    let row = one(&state.store, &id).await?;
+    let order = state.store.order_of(row.id).await?;
+    let quoted = match &order {
+        Some(TaskSpec::Scan(scan)) => state.store.quote_before(&row, scan).await?,
+        Some(TaskSpec::Cleanup(_) | TaskSpec::Restore(_)) | None => None,
+    };
+    let mut view = view(row)?;
+    view.quoted = quoted.and_then(quoted_view).map(Box::new);
+    if let Some(TaskSpec::Scan(scan)) = order {
+        view.paths = scan.paths.iter().map(|path| escape(&path.0)).collect();
+        view.options = Some(scan.options);
+    }
+    Ok(Json(view))
 }
 
 pub(crate) async fn detections(
@@ -131,6 +144,9 @@ pub(crate) fn view(row: TaskRow) -> Result<TaskView, StoreError> {
         started_at: row.started_ms.map(rfc3339),
         finished_at: row.finished_ms.map(rfc3339),
         expires_at: rfc3339(row.expires_ms),
+        paths: Vec::new(),
+        options: None,
+        quoted: None,
     })
 }
 
@@ -145,6 +161,36 @@ fn result_view(row: ResultRow, state: TaskState) -> Result<TaskResult, StoreErro
             Ok(TaskResult::Scan(view))
         }
         ResultRow::Treatment(tally) => Ok(TaskResult::Treatment(tally)),
+        ResultRow::Quote(quote) => Ok(TaskResult::Quote(quote_view(*quote))),
+    }
+}
+
+fn quoted_view(row: TaskRow) -> Option<QuotedView> {
+    match row.result? {
+        ResultRow::Quote(quote) => Some(QuotedView {
+            task: row.id.to_string(),
+            created_at: rfc3339(row.created_ms),
+            quote: quote_view(*quote),
+        }),
+        ResultRow::Scan(_) | ResultRow::Treatment(_) => None,
+    }
+}
+
+fn quote_view(quote: Quote) -> QuoteView {
+    QuoteView {
+        files: quote.files,
+        bytes: quote.bytes,
+        known: quote.known,
+        known_bytes: quote.known_bytes,
+        skipped: quote.skipped.iter().map(|(reason, count)| (reason.word().to_owned(), *count)).collect(),
+        estimate: quote.estimate.map(|estimate| EstimateView {
+            cpu_s: seconds(estimate.cpu_ms),
+            elapsed_s: seconds(estimate.elapsed_ms),
+            runs: estimate.runs,
+            same_patterns: estimate.same_patterns,
+        }),
+        elapsed_s: seconds(quote.elapsed_ms),
+        cpu_s: seconds(quote.cpu_ms),
     }
 }
 

@@ -4,6 +4,7 @@ use axum::body::Body as HttpBody;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
+use tm_patterns::digests::Counts;
 use tm_protocol::{ids::Sha256, task::PatternRef, token::EnrollmentToken};
 use tower::ServiceExt as _;
 use uuid::Uuid;
@@ -80,7 +81,13 @@ impl Lab {
 
     async fn pattern(&self, name: &str) {
         let reference = PatternRef { sha256: Sha256::of(name.as_bytes()), size: 3, name: name.to_owned() };
-        let new = NewPattern { reference, rules: 1, warnings: Vec::new() };
+        let new = NewPattern {
+            reference,
+            rules: 1,
+            digests: Counts::default(),
+            warnings: Vec::new(),
+            forced: false,
+        };
         self.state.store.import_pattern(&new, "x", 1).await.unwrap();
     }
 }
@@ -276,6 +283,12 @@ async fn a_scan_is_ordered_for_whom_it_is_meant_or_for_nobody() {
         (json!({ "to": one, "paths_b64": paths(&many) }), 413, "too-large"),
         (json!({ "to": one, "paths_b64": srv, "patterns": ["q"] }), 404, "not-found"),
         (json!({ "to": one, "paths_b64": srv, "deadline_s": 0 }), 400, "invalid"),
+        (json!({ "to": one }), 400, "invalid"),
+        (json!({ "to": one, "options": { "fresh": true } }), 400, "invalid"),
+        (json!({ "to": one, "options": { "full": true, "quick": true } }), 400, "invalid"),
+        (json!({ "to": one, "paths_b64": srv, "options": { "full": true } }), 400, "invalid"),
+        (json!({ "to": one, "paths_b64": srv, "options": { "cpu_percent": 101 } }), 400, "invalid"),
+        (json!({ "to": one, "paths_b64": srv, "options": { "slowly": true } }), 400, "invalid"),
         (json!({ "to": one, "paths_b64": srv, "expires_in_s": 9_000_000 }), 400, "invalid"),
     ] {
         let answer = lab.ask(Method::POST, "/v1/scans", wish.clone()).await;
@@ -303,7 +316,14 @@ async fn a_scan_is_ordered_for_whom_it_is_meant_or_for_nobody() {
     let list = lab.ask(Method::GET, "/v1/tasks?endpoint=web-02&state=queued", Value::Null).await.body;
     assert_eq!((list.as_array().map(Vec::len), &list[0]["reason"]), (Some(1), &json!("why")));
     let path = format!("/v1/tasks/{}", made.body[0]["id"].as_str().unwrap());
-    assert_eq!(lab.ask(Method::GET, &path, Value::Null).await.body, made.body[0]);
+    let mut shown = lab.ask(Method::GET, &path, Value::Null).await.body;
+    let whole = shown.as_object_mut().unwrap();
+    assert_eq!(whole.remove("paths"), Some(json!(["/srv"])));
+    assert_eq!(whole.remove("options").unwrap()["quick"], false);
+    assert_eq!(shown, made.body[0]);
+    let quick = json!({ "to": one, "options": { "quick": true, "processes": true } });
+    let made = lab.ask(Method::POST, "/v1/scans", quick).await;
+    assert_eq!(made.status, 200, "no path is needed: {}", made.body);
     let detections = lab.ask(Method::GET, &format!("{path}/detections"), Value::Null).await;
     assert_eq!(detections.body, json!({ "items": [] }));
 }

@@ -249,7 +249,7 @@ mod tests {
         for serial in ["aa", "ab"] {
             assert_eq!(store.certificate_status(out, serial).await.unwrap(), CertificateStatus::Revoked);
         }
-        assert_eq!(store.certificate_status(stays, "bb").await.unwrap(), CertificateStatus::Enrolled);
+        assert_eq!(store.certificate_status(stays, "bb").await.unwrap(), CertificateStatus::Fresh);
         // `put` gives sessions to a manager that is none: the text `m`.
         let nobody = ManagerId::new(Uuid::from_u128(7));
         assert_eq!(store.revoked_sessions(nobody).await.unwrap(), []);

@@ -83,7 +83,9 @@ pub(super) async fn record(
     // A report may come days late; the earliest time that anybody vouches for is the one that promises least.
     let said = seen.filter(|(_, receipt)| receipt.verified).and_then(|(_, receipt)| receipt.started_ms);
     let looked_ms = [began, said].into_iter().flatten().fold(now_ms, i64::min);
-    for path in &spec.paths {
+    let root = [PathBytes(b"/".to_vec())];
+    let paths = if spec.options.full { &root[..] } else { &spec.paths };
+    for path in paths {
         let Some(path) = normal(path) else { continue };
         sqlx::query(
             "INSERT INTO covered (task_id, endpoint_id, path, is_whole, looked_ms) VALUES ($1, $2, $3, $4, $5)

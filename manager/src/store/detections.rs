@@ -32,7 +32,7 @@ pub(super) struct Found<'f> {
     pub(super) most: i64,
 }
 
-/// Stores a part of a scan's finds, if the scan is this endpoint's, and joins each to its incident. What goes
+/// Stores a part of a scan's finds, if the scan is this endpoint's and no dry run, and joins each to its incident. What goes
 /// beyond the most that is stored of one scan is left out, and the log says so once; the scan's own result
 /// counts it.
 ///
@@ -48,7 +48,7 @@ pub(super) async fn record(
     let row = sqlx::query(
         // A sub-query of its own is one look at the index; a join would walk all that the scan has found.
         "SELECT (SELECT COALESCE(MAX(ordinal), 0) FROM detection WHERE task_id = $1)
-         FROM task WHERE id = $1 AND endpoint_id = $2 AND kind = 'scan'",
+         FROM task WHERE id = $1 AND endpoint_id = $2 AND kind = 'scan' AND dry_run = 0",
     )
     .bind(task.to_string())
     .bind(endpoint.to_string())

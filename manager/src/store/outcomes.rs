@@ -13,6 +13,7 @@ use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::{
     ids::{EndpointId, IncidentId, TaskId},
     message::Outcome,
+    quote::Quote,
     report::{Coverage, Failure, Tally, Verdict},
     task::{TaskKind, TaskSpec, TaskState},
 };
@@ -52,6 +53,8 @@ pub(super) struct End<'a> {
 enum What<'a> {
     Nothing,
     Scan(&'a Coverage),
+    /// Of a scan that was asked what it would cost: it has looked at nothing.
+    Quote(&'a Quote),
     Treatment(Tally),
 }
 
@@ -63,7 +66,12 @@ impl<'a> End<'a> {
             TaskKind::Cleanup | TaskKind::Restore => false,
         };
         match outcome {
-            Outcome::Scanned(coverage) if is_scan => Self::new(TaskState::Done, None, What::Scan(coverage)),
+            Outcome::Scanned(coverage) if is_scan && !head.dry_run => {
+                Self::new(TaskState::Done, None, What::Scan(coverage))
+            }
+            Outcome::Quoted(quote) if is_scan && head.dry_run => {
+                Self::new(TaskState::Done, None, What::Quote(quote))
+            }
             Outcome::Treated(tally) if fits(tally, head) => {
                 if tally.is_whole() || tally.dry_run {
                     Self::new(TaskState::Done, None, What::Treatment(*tally))
@@ -75,10 +83,14 @@ impl<'a> End<'a> {
                 Self::new(TaskState::Cancelled, None, What::Treatment(*tally))
             }
             Outcome::TreatedUntilDeadline(tally) if fits(tally, head) => {
-                let failure = Failure::new("deadline", "the task took longer than its order allows");
-                Self::new(TaskState::Failed, Some(failure), What::Treatment(*tally))
+                Self::new(TaskState::Failed, Some(too_late()), What::Treatment(*tally))
+            }
+            Outcome::ScannedUntilDeadline(coverage) if is_scan && !head.dry_run => {
+                Self::new(TaskState::Failed, Some(too_late()), What::Scan(coverage))
             }
             Outcome::Scanned(_)
+            | Outcome::Quoted(_)
+            | Outcome::ScannedUntilDeadline(_)
             | Outcome::Treated(_)
             | Outcome::TreatedUntilCancelled(_)
             | Outcome::TreatedUntilDeadline(_) => {
@@ -90,7 +102,8 @@ impl<'a> End<'a> {
                 Self::new(TaskState::Failed, Some(agent_failure(failure)), What::Nothing)
             }
             Outcome::Cancelled(coverage) => {
-                let what = coverage.as_ref().filter(|_| is_scan).map_or(What::Nothing, What::Scan);
+                let what =
+                    coverage.as_ref().filter(|_| is_scan && !head.dry_run).map_or(What::Nothing, What::Scan);
                 Self::new(TaskState::Cancelled, None, what)
             }
             Outcome::Expired => Self::new(
@@ -127,6 +140,10 @@ impl<'a> End<'a> {
     const fn new(state: TaskState, failure: Option<Failure>, what: What<'a>) -> Self {
         Self { state, failure, what, detail: None }
     }
+}
+
+fn too_late() -> Failure {
+    Failure::new("deadline", "the task took longer than its order allows")
 }
 
 /// Whether a sum answers the order: a real one to a real order of a kind that has sums.
@@ -208,7 +225,7 @@ pub(super) async fn conclude(
     let mut refused = false;
     let result = match end.what {
         What::Nothing => {
-            if head.kind == TaskKind::Scan && end.state == TaskState::Failed {
+            if head.kind == TaskKind::Scan && end.state == TaskState::Failed && !head.dry_run {
                 let spec = receipts::order(tx, head).await?;
                 coverage::record(tx, head, end.state, &spec, None, now_ms).await?;
             }
@@ -221,6 +238,7 @@ pub(super) async fn conclude(
             refused = receipt.is_refused();
             Some(result)
         }
+        What::Quote(quote) => Some(serde_json::json!(quote).to_string()),
         What::Treatment(tally) => Some(serde_json::json!(tally).to_string()),
     };
     let changed = sqlx::query(
@@ -291,7 +309,7 @@ impl Said {
         let cancelled = Failure::new("cancelled", "called off");
         let failure = end.failure.as_ref().unwrap_or(&cancelled);
         let sum = match end.what {
-            What::Nothing => String::new(),
+            What::Nothing | What::Quote(_) => String::new(),
             What::Scan(coverage) => format!(": {} looked at by then", things(coverage.files, "file")),
             What::Treatment(tally) => format!(": {}", sum(&tally)),
         };

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
+use tm_patterns::digests::{Algorithm, Counts};
 use tm_protocol::{ids::Sha256, task::PatternRef};
 
 use super::{
@@ -11,7 +12,8 @@ use super::{
 };
 
 const SELECT: &str =
-    "SELECT sha256, name, kind, size, rules, warnings, imported_by, imported_ms, import_number FROM pattern";
+    "SELECT sha256, name, kind, size, rules, warnings, imported_by, imported_ms, import_number, md5, sha1, sha256s
+     FROM pattern";
 /// The only kind there is.
 const KIND: &str = "detection";
 /// Fewest digits of a digest that stand for it.
@@ -23,6 +25,7 @@ pub(crate) struct PatternRow {
     pub(crate) reference: PatternRef,
     pub(crate) kind: String,
     pub(crate) rules: u32,
+    pub(crate) digests: Counts,
     pub(crate) warnings: Vec<ProblemRow>,
     pub(crate) imported_by: String,
     pub(crate) imported_ms: i64,
@@ -48,7 +51,10 @@ impl From<tm_patterns::Problem> for ProblemRow {
 pub(crate) struct NewPattern {
     pub(crate) reference: PatternRef,
     pub(crate) rules: u32,
+    pub(crate) digests: Counts,
     pub(crate) warnings: Vec<ProblemRow>,
+    /// Whoever imports it takes rules that can hold up a scan.
+    pub(crate) forced: bool,
 }
 
 /// What came of an import.
@@ -97,10 +103,12 @@ impl Store {
             .map(|row| newest(&row))
             .map_err(StoreError::query("read the imports"))?;
         let warnings = serde_json::to_string(&new.warnings).expect("problems are plain data");
+        let count = |algorithm| i64::try_from(new.digests.of(algorithm)).unwrap_or(i64::MAX);
         sqlx::query(
             "INSERT INTO pattern
-                (sha256, name, kind, size, rules, warnings, imported_by, imported_ms, import_number)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                (sha256, name, kind, size, rules, warnings, imported_by, imported_ms, import_number,
+                 md5, sha1, sha256s)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
              ON CONFLICT (sha256) DO UPDATE SET imported_by = excluded.imported_by,
                 imported_ms = excluded.imported_ms, import_number = excluded.import_number",
         )
@@ -113,22 +121,26 @@ impl Store {
         .bind(actor.to_owned())
         .bind(now_ms)
         .bind(import_number)
+        .bind(count(Algorithm::Md5))
+        .bind(count(Algorithm::Sha1))
+        .bind(count(Algorithm::Sha256))
         .execute(&mut *tx)
         .await
         .map_err(StoreError::query("note a pattern"))?;
-        let entry = Entry {
-            actor,
-            action: "pattern.import",
-            subject: &sha256.to_string(),
-            detail: json!({ "name": name, "size": size, "rules": new.rules }),
-            at_ms: now_ms,
-        };
+        let mut detail =
+            json!({ "name": name, "size": size, "rules": new.rules, "digests": new.digests.total() });
+        if new.forced {
+            detail["forced"] = json!(true);
+        }
+        let subject = sha256.to_string();
+        let entry = Entry { actor, action: "pattern.import", subject: &subject, detail, at_ms: now_ms };
         audit::append(&mut tx, entry).await?;
         Self::commit(tx).await?;
         Ok(Import::Stored(PatternRow {
             reference: new.reference.clone(),
             kind: KIND.to_owned(),
             rules: new.rules,
+            digests: new.digests,
             warnings: new.warnings.clone(),
             imported_by: actor.to_owned(),
             imported_ms: now_ms,
@@ -209,6 +221,11 @@ fn pattern(row: &AnyRow) -> Result<PatternRow, StoreError> {
     let sha256: String = row.get(0);
     let (size, rules): (i64, i64) = (row.get(3), row.get(4));
     let warnings: String = row.get(5);
+    let count = |column| {
+        let count: i64 = row.get(column);
+        u64::try_from(count).map_err(|_| StoreError::content("number of digests", count.to_string()))
+    };
+    let digests = Counts::new(count(9)?, count(10)?, count(11)?);
     Ok(PatternRow {
         reference: PatternRef {
             sha256: sha256.parse().map_err(|_| StoreError::content("digest", sha256))?,
@@ -219,6 +236,7 @@ fn pattern(row: &AnyRow) -> Result<PatternRow, StoreError> {
         rules: u32::try_from(rules).map_err(|_| StoreError::content("number of rules", rules.to_string()))?,
         warnings: serde_json::from_str(&warnings)
             .map_err(|_| StoreError::content("list of warnings", warnings))?,
+        digests,
         imported_by: row.get(6),
         imported_ms: row.get(7),
         import_number: row.get(8),
@@ -233,7 +251,7 @@ mod tests {
     fn new(name: &str, text: &str) -> NewPattern {
         let reference = PatternRef { sha256: Sha256::of(text.as_bytes()), size: 1, name: name.to_owned() };
         let warnings = vec![ProblemRow { line: 1, column: 2, message: "slow".to_owned() }];
-        NewPattern { reference, rules: 1, warnings }
+        NewPattern { reference, rules: 1, digests: Counts::new(1, 2, 3), warnings, forced: false }
     }
 
     #[tokio::test]
@@ -253,7 +271,8 @@ mod tests {
         let other = store.import_pattern(&new("z", "a"), "root", 3).await.unwrap();
         assert_eq!(other, Import::OtherName("x".to_owned()));
         assert_eq!(store.patterns().await.unwrap().len(), 3);
-        assert_eq!(store.pattern(b).await.unwrap().unwrap().warnings, new("x", "b").warnings);
+        let row = store.pattern(b).await.unwrap().unwrap();
+        assert_eq!((row.warnings, row.digests), (new("x", "b").warnings, Counts::new(1, 2, 3)));
         // Of the five successful imports one changed nothing.
         assert_eq!(store.audit_after(0, 99).await.unwrap().len(), 4);
 

@@ -140,7 +140,7 @@ pub(crate) mod tests {
             paths: vec![PathBytes(b"/srv/\xff\n".to_vec())],
             patterns: vec![PatternRef { sha256: Sha256::new([1; 32]), size: 3, name: "p".to_owned() }],
             limits: ScanLimits::default(),
-            options: ScanOptions { all_local: true, cpu_percent: Some(10) },
+            options: ScanOptions { all_local: true, cpu_percent: Some(10), ..ScanOptions::default() },
         })
     }
 

@@ -8,8 +8,9 @@ use serde_json::json;
 use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
+    quote::Quote,
     report::{Tally, Verdict},
-    task::{TaskKind, TaskSpec, TaskState},
+    task::{ScanSpec, TaskKind, TaskSpec, TaskState},
 };
 
 use super::{
@@ -62,6 +63,8 @@ pub(crate) struct ProgressRow {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ResultRow {
     Scan(Box<ScanRow>),
+    /// Of a scan that was asked what it would cost.
+    Quote(Box<Quote>),
     /// Of a cleanup or a restore.
     Treatment(Tally),
 }
@@ -217,6 +220,50 @@ impl Store {
         Ok(self.tasks(&TaskFilter { id: Some(id), ..TaskFilter::default() }, 1).await?.pop())
     }
 
+    /// What a task was ordered to do.
+    ///
+    /// # Errors
+    /// As [`Store::tasks`].
+    pub(crate) async fn order_of(&self, id: TaskId) -> Result<Option<TaskSpec>, StoreError> {
+        let row = sqlx::query("SELECT spec FROM task WHERE id = $1")
+            .bind(id.to_string())
+            .fetch_optional(self.reader())
+            .await
+            .map_err(StoreError::query("read an order"))?;
+        row.map(|row| specs::from_json(&row.get::<String, _>(0))).transpose()
+    }
+
+    /// The newest quote that was made for the same order as this scan's, for the same endpoint and before it. A quote
+    /// itself has none.
+    ///
+    /// # Errors
+    /// As [`Store::tasks`].
+    pub(crate) async fn quote_before(
+        &self,
+        task: &TaskRow,
+        order: &ScanSpec,
+    ) -> Result<Option<TaskRow>, StoreError> {
+        if order.options.dry_run {
+            return Ok(None);
+        }
+        let mut asked = order.clone();
+        asked.options.dry_run = true;
+        // The same order is the same text: one function writes both.
+        let sql = format!(
+            "{SELECT} WHERE task.endpoint_id = $1 AND task.kind = 'scan' AND task.dry_run = 1
+             AND task.state = 'done' AND task.spec = $2 AND task.created_ms <= $3
+             ORDER BY task.created_ms DESC, task.id DESC LIMIT 1"
+        );
+        let row = sqlx::query(AssertSqlSafe(sql))
+            .bind(task.endpoint.to_string())
+            .bind(specs::to_json(&TaskSpec::Scan(asked)))
+            .bind(task.created_ms)
+            .fetch_optional(self.reader())
+            .await
+            .map_err(StoreError::query("look for a quote"))?;
+        row.as_ref().map(self::task).transpose()
+    }
+
     /// Detections of a task after the `after`th, by number, at most `limit`.
     ///
     /// # Errors
@@ -331,7 +378,7 @@ pub(super) async fn insert(
 
 const fn is_dry_run(spec: &TaskSpec) -> bool {
     match spec {
-        TaskSpec::Scan(_) => false,
+        TaskSpec::Scan(scan) => scan.options.dry_run,
         TaskSpec::Cleanup(cleanup) => cleanup.dry_run,
         TaskSpec::Restore(restore) => restore.dry_run,
     }
@@ -341,8 +388,11 @@ fn task(row: &AnyRow) -> Result<TaskRow, StoreError> {
     let (id, endpoint, state): (String, String, String) = (row.get(0), row.get(1), row.get(4));
     let kind: String = row.get(3);
     let progress: Option<String> = row.get(7);
+    let dry_run = row.get::<i64, _>(15) != 0;
     let result = |text: String| {
-        if kind == TaskKind::Scan.word() {
+        if kind == TaskKind::Scan.word() && dry_run {
+            json("result", &text).map(ResultRow::Quote)
+        } else if kind == TaskKind::Scan.word() {
             json("result", &text).map(ResultRow::Scan)
         } else {
             json("result", &text).map(ResultRow::Treatment)
@@ -364,7 +414,7 @@ fn task(row: &AnyRow) -> Result<TaskRow, StoreError> {
         expires_ms: row.get(12),
         started_ms: row.get(13),
         finished_ms: row.get(14),
-        dry_run: row.get::<i64, _>(15) != 0,
+        dry_run,
         cancel_ms: row.get(16),
     })
 }

@@ -3,6 +3,9 @@
 //! **Invariant:** figures are of CPU seconds (user and system), and come with the facts of the machine and the
 //! build they were measured with.
 
+mod again;
+mod measure;
+mod processes;
 mod push;
 mod rules;
 mod scan;
@@ -12,6 +15,8 @@ use std::{fs, path::Path, path::PathBuf, thread};
 use anyhow::{Context as _, ensure};
 
 pub(crate) use self::{
+    again::{Again, again},
+    processes::{Hold, Processes, hold, processes},
     push::{Push, push},
     scan::{Scan, scan},
 };
@@ -24,6 +29,31 @@ enum Format {
     Table,
     /// For programs.
     Json,
+}
+
+/// Which build is measured.
+#[derive(Debug, clap::Args)]
+struct Build {
+    /// Measure the unoptimized build, which is there sooner and several times slower.
+    #[arg(long)]
+    dev: bool,
+    /// Measure the programs in this folder, and build nothing.
+    #[arg(long, value_name = "DIR", conflicts_with = "dev")]
+    bins: Option<PathBuf>,
+}
+
+impl Build {
+    /// The folder of the programs, built unless they are there.
+    fn folder(&self, packages: &[&str]) -> anyhow::Result<PathBuf> {
+        match &self.bins {
+            Some(bins) => fs::canonicalize(bins).with_context(|| format!("no folder `{}`", bins.display())),
+            None => build(packages, self.dev),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        if self.bins.is_some() { "given build" } else { build_name(self.dev) }
+    }
 }
 
 /// Builds what is measured, and returns the folder it is in.
@@ -46,7 +76,7 @@ const fn build_folder(dev: bool) -> &'static str {
 }
 
 const fn build_name(dev: bool) -> &'static str {
-    if dev { "dev (unoptimized)" } else { "release" }
+    if dev { "dev build (unoptimized)" } else { "release build" }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a hundred, on every Linux")]

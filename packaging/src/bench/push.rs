@@ -209,7 +209,7 @@ fn now_ms() -> anyhow::Result<u64> {
 
 fn table(what: Push, figures: &Figures) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{}, {} build", machine(), build_name(what.dev))?;
+    writeln!(out, "{}, {}", machine(), build_name(what.dev))?;
     writeln!(
         out,
         "one scan for each of {} agents by REST, accepted, started and finished at once\n",

@@ -5,7 +5,61 @@
 //! PE file, and 5 have a condition alone. The literals are words that a seed makes up, with common ones among
 //! them, so that few rules hold on clean files, as in the sets they stand for.
 
-use std::fmt::Write as _;
+use std::{
+    fmt::{self, Write as _},
+    fs,
+    path::PathBuf,
+};
+
+use anyhow::{Context as _, ensure};
+
+/// Which rules are used.
+#[derive(Debug, clap::Args)]
+pub(super) struct Rules {
+    /// YARA rules: a file, or a folder whose `.yar` and `.yara` files are taken together.
+    #[arg(long, value_name = "FILE", conflicts_with = "generate", required_unless_present = "generate")]
+    rules: Option<PathBuf>,
+    /// Make a set of so many rules instead, of the same mix as public sets.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    generate: Option<u32>,
+}
+
+impl Rules {
+    /// Their text.
+    ///
+    /// # Errors
+    /// If there are none or they cannot be read.
+    pub(super) fn text(&self) -> anyhow::Result<String> {
+        let Some(path) = &self.rules else { return Ok(generate(self.generate.unwrap_or(1), 1)) };
+        if path.is_file() {
+            return fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()));
+        }
+        let mut files: Vec<PathBuf> = fs::read_dir(path)
+            .with_context(|| format!("cannot read `{}`", path.display()))?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.extension().is_some_and(|end| end == "yar" || end == "yara"))
+            .collect();
+        files.sort_unstable();
+        let mut text = String::new();
+        for file in &files {
+            text.push_str(
+                &fs::read_to_string(file).with_context(|| format!("cannot read `{}`", file.display()))?,
+            );
+            text.push('\n');
+        }
+        ensure!(!text.is_empty(), "no rules in `{}`", path.display());
+        Ok(text)
+    }
+}
+
+impl fmt::Display for Rules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.rules, self.generate) {
+            (Some(path), _) => write!(f, "rules of {}", path.file_name().unwrap_or_default().display()),
+            (None, count) => write!(f, "{} generated rules", count.unwrap_or(1)),
+        }
+    }
+}
 
 /// Words that are in many files; a rule may ask for one beside its own.
 const COMMON: [&str; 12] = [
@@ -27,10 +81,59 @@ const SYLLABLES: [&str; 24] = [
     "wy", "dra", "fi", "jun", "cor", "ash", "ul", "me",
 ];
 
+/// Words of texts to scan: none is made of the syllables above, so that rules are as rarely right as elsewhere.
+const PLAIN: [&str; 40] = [
+    "the",
+    "of",
+    "and",
+    "which",
+    "between",
+    "system",
+    "value",
+    "returns",
+    "number",
+    "file",
+    "when",
+    "other",
+    "should",
+    "first",
+    "buffer",
+    "length",
+    "because",
+    "option",
+    "default",
+    "is",
+    "not",
+    "however",
+    "people",
+    "through",
+    "under",
+    "time",
+    "where",
+    "point",
+    "would",
+    "different",
+    "it",
+    "if",
+    "else",
+    "size",
+    "string",
+    "world",
+    "every",
+    "process",
+    "again",
+    "change",
+];
+
 /// A generator of numbers that are the same for the same seed (Marsaglia, "Xorshift RNGs", 2003).
-struct Numbers(u64);
+pub(super) struct Numbers(u64);
 
 impl Numbers {
+    /// Those of a seed.
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
     fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -39,13 +142,18 @@ impl Numbers {
     }
 
     /// Below `end`.
-    fn below(&mut self, end: u64) -> u64 {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
     fn of<'a>(&mut self, words: &[&'a str]) -> &'a str {
         let len = u64::try_from(words.len()).unwrap_or(1);
         usize::try_from(self.below(len)).ok().and_then(|at| words.get(at)).copied().unwrap_or_default()
+    }
+
+    /// A word as in texts that no rule is about.
+    pub(super) fn plain_word(&mut self) -> &'static str {
+        self.of(&PLAIN)
     }
 
     fn word(&mut self) -> String {
@@ -74,8 +182,8 @@ impl Numbers {
 }
 
 /// `count` rules, as text. The same count and seed give the same text.
-pub(crate) fn generate(count: u32, seed: u64) -> String {
-    let mut numbers = Numbers(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+pub(super) fn generate(count: u32, seed: u64) -> String {
+    let mut numbers = Numbers::new(seed);
     let mut text = String::from("import \"pe\"\nimport \"elf\"\n");
     for number in 0..count {
         rule(&mut text, number, &mut numbers);

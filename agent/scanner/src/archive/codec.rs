@@ -5,8 +5,8 @@
 
 use std::io::{self, Read};
 
-use lzma_rust2::LzmaReader;
-use ppmd_rust::{Ppmd8Decoder, RestoreMethod};
+use lzma_rust2::{Lzma2Reader, LzmaReader};
+use ppmd_rust::{Ppmd7Decoder, Ppmd8Decoder, RestoreMethod};
 use ruzstd::decoding::{
     FrameDecoder, StreamingDecoder,
     errors::{FrameDecoderError, FrameHeaderError},
@@ -33,11 +33,24 @@ impl<'a> Decoder<'a> {
         Self { reader: Box::new(reader), workspace: SMALL }
     }
 
+    /// A decoder that takes `memory` bytes as it is built, which is when it is first read from: until then it may
+    /// turn out to be too large.
+    fn late<R: Read + 'a>(memory: u32, build: impl FnOnce() -> ppmd_rust::Result<R> + 'a) -> Self {
+        let reader = Late { build: Some(build), built: None };
+        Self { reader: Box::new(reader), workspace: memory.into() }
+    }
+
     /// Compares what comes out with what a header tells, where it does: CRC-32 and size. What differs is an
     /// error at the end.
     pub(super) fn checked(self, crc: Option<u32>, size: Option<u64>) -> Self {
         Self { reader: Box::new(Checked::new(self.reader, crc, size)), workspace: self.workspace }
     }
+}
+
+/// Compares the length of what comes out of `reader`, and its CRC-32, with what is told, where it is told. What
+/// differs is an error at the end.
+pub(super) fn checked<'a>(reader: impl Read + 'a, crc: Option<u32>, size: Option<u64>) -> impl Read + 'a {
+    Checked::new(reader, crc, size)
 }
 
 /// An error that says why something was not looked at.
@@ -94,6 +107,40 @@ pub(super) fn lzma<'a>(
     Ok(Decoder { reader: Box::new(reader.map_err(|error| reason(&error))?), workspace })
 }
 
+/// LZMA2 behind the one byte that gives the dictionary's size.
+pub(super) fn lzma2<'a>(input: impl Read + 'a, property: u8) -> Result<Decoder<'a>, SkipReason> {
+    let dictionary = match property {
+        40 => u32::MAX,
+        0..40 => (2 | u32::from(property) & 1) << (property / 2 + 11),
+        41.. => return Err(SkipReason::Malformed),
+    };
+    let workspace = dictionary_memory(dictionary.into())?;
+    Ok(Decoder { reader: Box::new(Lzma2Reader::new(input, dictionary, None)), workspace })
+}
+
+/// A decoder of the LZMA kind out of which `size` bytes come: its dictionary grows with them, and no further.
+pub(super) fn within(decoder: Decoder<'_>, size: u64) -> Decoder<'_> {
+    Decoder { workspace: decoder.workspace.min(size.saturating_mul(2)).saturating_add(SMALL), ..decoder }
+}
+
+/// A filter, which needs next to nothing for itself.
+pub(super) fn filtered<'a>(reader: impl Read + 'a) -> Decoder<'a> {
+    Decoder { reader: Box::new(reader), workspace: 64 << 10 }
+}
+
+/// PPMd variant H, as 7z has it: order and memory in five bytes.
+pub(super) fn ppmd7<'a>(input: impl Read + 'a, properties: &[u8]) -> Result<Decoder<'a>, SkipReason> {
+    let (Some(order), Some(memory)) = (properties.first(), field::le(properties, 1, 4)) else {
+        return Err(SkipReason::Malformed);
+    };
+    if memory > WINDOW {
+        return Err(SkipReason::Limit);
+    }
+    let memory = u32::try_from(memory).map_err(|_| SkipReason::Malformed)?;
+    let order = u32::from(*order);
+    Ok(Decoder::late(memory, move || Ppmd7Decoder::new(input, order, memory)))
+}
+
 /// Memory of an LZMA decoder with a dictionary of this size, if it may be that large.
 pub(super) fn dictionary_memory(dictionary: u64) -> Result<u64, SkipReason> {
     // Beside the dictionary: probabilities of at most 2^(4+8) contexts, and a buffer of 64 KiB.
@@ -111,9 +158,8 @@ pub(super) fn ppmd8<'a>(mut input: impl Read + 'a) -> Result<Decoder<'a>, SkipRe
         1 => RestoreMethod::CutOff,
         _ => return Err(SkipReason::Unsupported),
     };
-    let reader =
-        Ppmd8Decoder::new(input, (parameters & 15) + 1, memory, method).map_err(|_| SkipReason::Malformed)?;
-    Ok(Decoder { reader: Box::new(reader), workspace: u64::from(memory) })
+    let order = (parameters & 15) + 1;
+    Ok(Decoder::late(memory, move || Ppmd8Decoder::new(input, order, memory, method)))
 }
 
 /// Zstandard (RFC 8878), several frames in a row.
@@ -180,6 +226,26 @@ impl Read for ZstdFrame<'_> {
     }
 }
 
+/// See [`Decoder::late`].
+struct Late<R, F> {
+    build: Option<F>,
+    built: Option<R>,
+}
+
+impl<R: Read, F: FnOnce() -> ppmd_rust::Result<R>> Read for Late<R, F> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if let Some(build) = self.build.take() {
+            let built = build().map_err(|error| {
+                let no_memory = matches!(error, ppmd_rust::Error::MemoryAllocation);
+                because(if no_memory { SkipReason::Limit } else { SkipReason::Malformed })
+            })?;
+            self.built = Some(built);
+        }
+        // What could not be built stays broken.
+        self.built.as_mut().ok_or(io::ErrorKind::InvalidData)?.read(out)
+    }
+}
+
 /// See [`Decoder::checked`].
 struct Checked<R> {
     inner: R,
@@ -198,12 +264,16 @@ impl<R: Read> Checked<R> {
 impl<R: Read> Read for Checked<R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let got = self.inner.read(out)?;
-        self.hasher.update(out.get(..got).unwrap_or_default());
         self.got = self.got.saturating_add(u64::try_from(got).unwrap_or(u64::MAX));
-        let wrong_size = self.size.is_some_and(|size| size != self.got);
-        let wrong_crc = self.crc.is_some_and(|crc| crc != self.hasher.clone().finalize());
-        if got == 0 && !out.is_empty() && (wrong_size || wrong_crc) {
-            return Err(io::ErrorKind::InvalidData.into());
+        if self.crc.is_some() {
+            self.hasher.update(out.get(..got).unwrap_or_default());
+        }
+        if got == 0 && !out.is_empty() {
+            let wrong_size = self.size.is_some_and(|size| size != self.got);
+            let wrong_crc = self.crc.is_some_and(|crc| crc != self.hasher.clone().finalize());
+            if wrong_size || wrong_crc {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
         }
         Ok(got)
     }

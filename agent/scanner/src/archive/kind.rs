@@ -85,6 +85,12 @@ pub(super) fn containers(bytes: &[u8]) -> Vec<Found> {
     found
 }
 
+/// Whether [`containers`] could find any in bytes of which only the first and the last ones are here.
+pub(super) fn may_be(head: &[u8], tail: &[u8]) -> bool {
+    let carries = [&b"#!"[..], b"MZ", b"\x7fELF"].iter().any(|start| head.starts_with(start));
+    carries || first(head).is_some() || memmem::find(tail, b"PK\x05\x06").is_some()
+}
+
 /// Whether the zip that an unzipper finds in `bytes`, by its last end of a central directory, is the one that begins
 /// and ends in memory with `member`. Not where a size or an offset is told elsewhere (zip64).
 pub(super) fn is_zip_at(bytes: &[u8], member: (usize, usize)) -> bool {

@@ -13,6 +13,7 @@ mod ar;
 mod budget;
 mod cab;
 mod codec;
+mod cover;
 mod cpio;
 mod field;
 mod kind;
@@ -41,8 +42,8 @@ use self::{
     kind::{Found, Kind},
 };
 use crate::{
-    engine::Engine,
     item::{Findings, Match, Skip},
+    judge::Judge,
 };
 
 /// Once a file's findings need more than this (names are the file's own), the rest is one skip.
@@ -51,6 +52,8 @@ const MAX_FINDINGS_BYTES: usize = 4 << 20;
 const MAX_NAME: usize = 4096;
 /// What is asked of a decoder at a time, in bytes.
 const CHUNK: usize = 64 << 10;
+/// Members below this size grow to twice theirs, in bytes.
+const FEW: usize = 8 << 20;
 /// The name of content that its container does not name.
 const UNNAMED: &[u8] = b"content";
 /// The name of a container that stands behind another one's end.
@@ -58,7 +61,7 @@ const APPENDED: &[u8] = b"appended";
 
 /// One file's tree of containers while it is walked.
 pub(crate) struct Walk<'a> {
-    engine: &'a mut Engine,
+    engine: &'a mut Judge,
     budget: Budget<'a>,
     /// Names from the outermost container to the one that is walked.
     within: Vec<PathBytes>,
@@ -70,8 +73,25 @@ pub(crate) struct Walk<'a> {
     findings: Findings,
 }
 
+/// Makes room for `more` bytes: ahead of what comes, but of much not by much, which is not counted.
+fn make_room(bytes: &mut Vec<u8>, more: usize) -> Result<(), SkipReason> {
+    if bytes.capacity() - bytes.len() >= more {
+        return Ok(());
+    }
+    let ahead = if bytes.len() < FEW { bytes.len() } else { bytes.len() / 8 };
+    bytes.try_reserve_exact(ahead.max(more)).map_err(|_| SkipReason::Limit)
+}
+
+/// What came out of a decoder, held in memory, and why it broke off if it did.
+struct Taken {
+    bytes: Vec<u8>,
+    whole: Result<(), SkipReason>,
+    /// What the decoder holds until it is gone, in bytes.
+    workspace: u64,
+}
+
 /// Judges `bytes` and everything in them.
-pub(crate) fn look(engine: &mut Engine, limits: &ScanLimits, bytes: &[u8]) -> Findings {
+pub(crate) fn look(engine: &mut Judge, limits: &ScanLimits, bytes: &[u8]) -> Findings {
     let mut walk = Walk {
         engine,
         budget: Budget::new(limits, len(bytes), Instant::now()),
@@ -84,6 +104,12 @@ pub(crate) fn look(engine: &mut Engine, limits: &ScanLimits, bytes: &[u8]) -> Fi
     };
     walk.judge(bytes);
     walk.findings
+}
+
+/// Whether a file that begins with `head` and ends with `tail` may be a container, or carry one: what a file that is
+/// not looked into could hold. `tail` should have the last 64 KiB and some.
+pub(crate) fn may_hold(head: &[u8], tail: &[u8]) -> bool {
+    kind::may_be(head, tail)
 }
 
 impl Walk<'_> {
@@ -156,45 +182,80 @@ impl Walk<'_> {
         packed: u64,
         decoder: Result<Decoder<'_>, SkipReason>,
     ) -> Result<(), SkipReason> {
-        match decoder {
-            Ok(mut decoder) => self.read(name, packed, decoder.workspace, &mut decoder.reader),
-            Err(reason) => {
-                self.count_member()?;
-                self.skip_member(name, reason);
-                Ok(())
-            }
-        }
+        let Decoder { mut reader, workspace } = match decoder {
+            Ok(decoder) => decoder,
+            Err(reason) => return self.unread(name, reason),
+        };
+        let taken = self.take_out(name, packed, workspace, &mut reader)?;
+        // What a decoder holds is not needed while its output is looked into.
+        drop(reader);
+        self.judge_taken(name, taken);
+        Ok(())
     }
 
-    /// Judges what comes out of `reader`, a decoder with `workspace` bytes of its own, that reads `packed`
-    /// bytes. `Err` ends the container.
-    fn read(
+    /// Counts a member that cannot be looked at. `Err` ends the container.
+    fn unread(&mut self, name: &[u8], reason: SkipReason) -> Result<(), SkipReason> {
+        self.count_member()?;
+        self.skip_member(name, reason);
+        Ok(())
+    }
+
+    /// Reads what comes out of `reader`, a decoder with `workspace` bytes of its own that reads `packed` bytes.
+    /// Nothing if there is no room for the decoder, which is said. `Err` ends the container.
+    fn take_out(
         &mut self,
         name: &[u8],
         packed: u64,
         workspace: u64,
         reader: &mut dyn Read,
-    ) -> Result<(), SkipReason> {
+    ) -> Result<Option<Taken>, SkipReason> {
         self.count_member()?;
         if self.budget.is_spent() {
             return Err(SkipReason::Limit);
         }
         if !self.budget.has_workspace(workspace) {
             self.skip_member(name, SkipReason::Limit);
-            return Ok(());
+            return Ok(None);
         }
         let mut bytes = Vec::new();
         self.budget.hold(workspace);
         let whole = self.fill(&mut bytes, packed, reader);
+        Ok(Some(Taken { bytes, whole, workspace }))
+    }
+
+    /// Judges what was taken out, by a decoder that is gone. What did come out is judged even if it broke off: a
+    /// truncated dropper is still one.
+    fn judge_taken(&mut self, name: &[u8], taken: Option<Taken>) {
+        let Some(Taken { bytes, whole, workspace }) = taken else { return };
         self.budget.release(workspace);
-        // What did come out is judged even if it broke off: a truncated dropper is still one.
         self.named(name, |walk| {
             walk.judge(&bytes);
             if let Err(reason) = whole {
                 walk.skip(reason);
             }
         });
-        self.budget.release(len(&bytes));
+        let held = len(&bytes);
+        // Only what is gone is free for others.
+        drop(bytes);
+        self.budget.release(held);
+    }
+
+    /// Reads up to `bytes` bytes of a decoder in vain, to come to what is behind them. What goes wrong is left
+    /// to whoever reads on. `Err` ends the container.
+    fn pass(&mut self, reader: &mut dyn Read, mut bytes: u64) -> Result<(), SkipReason> {
+        while bytes > 0 {
+            let room = field::index(bytes).min(self.chunk.len());
+            let got = match reader.read(self.chunk.get_mut(..room).unwrap_or_default()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(0) | Err(_) => return Ok(()),
+                Ok(got) => u64::try_from(got).unwrap_or(u64::MAX),
+            };
+            self.charge(got)?;
+            if self.budget.time_left().is_none() {
+                return Err(SkipReason::Timeout);
+            }
+            bytes = bytes.saturating_sub(got);
+        }
         Ok(())
     }
 
@@ -209,6 +270,7 @@ impl Walk<'_> {
             };
             let take = field::index(room).min(got);
             let more = u64::try_from(take).unwrap_or(u64::MAX);
+            make_room(bytes, take)?;
             self.budget.hold(more);
             self.budget.unpacked(more);
             room -= more;

@@ -101,8 +101,10 @@ fn content<'b, D: Stream<'b>>(
     mut open: impl FnMut(&'b [u8]) -> Option<D>,
 ) -> Result<(), SkipReason> {
     let mut streams = Streams::new(bytes, |rest: &mut &'b [u8]| Ok(open(rest)));
-    walk.read(name, len(bytes), workspace, &mut streams)?;
+    let taken = walk.take_out(name, len(bytes), workspace, &mut streams)?;
     let rest = if streams.current.is_none() { streams.rest } else { &[] };
+    drop(streams);
+    walk.judge_taken(name, taken);
     walk.behind(rest)
 }
 

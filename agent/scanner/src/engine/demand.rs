@@ -17,12 +17,39 @@ use super::needles::{self, Literal, MOST};
 
 /// Most beginnings that are told apart.
 const MOST_STARTS: usize = 16;
+/// Most clauses of one demand.
+pub(super) const MOST_CLAUSES: usize = 4;
+/// Most literals of a clause beside the best one: a clause of many is one that most data meets.
+const MOST_BESIDE: usize = 64;
+
+/// Literals of which at least one is in the data; of none, never.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Clause {
+    /// Sorted, each once.
+    pub(super) literals: Vec<Literal>,
+    /// How much it keeps away: the least rarity of its literals.
+    pub(super) worth: i32,
+}
+
+impl Clause {
+    fn new(mut literals: Vec<Literal>) -> Self {
+        literals.sort_unstable();
+        literals.dedup();
+        let worth = literals.iter().map(|literal| literal.rarity).min().unwrap_or(i32::MAX);
+        Self { literals, worth }
+    }
+
+    /// Higher is better.
+    fn rank(&self) -> (i32, std::cmp::Reverse<usize>) {
+        (self.worth, std::cmp::Reverse(self.literals.len()))
+    }
+}
 
 /// What must be true of the data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Demand {
-    /// One of these is in it; `None`: nothing is known; empty: it can never hold.
-    pub(super) needles: Option<Vec<Literal>>,
+    /// Each is met; the best first. None: nothing is known. With one that has no literals it can never hold.
+    pub(super) clauses: Vec<Clause>,
     /// It begins with one of these.
     pub(super) starts: Option<Vec<Vec<u8>>>,
     /// Smallest and largest size in bytes.
@@ -31,27 +58,29 @@ pub(super) struct Demand {
 
 impl Demand {
     /// Demands nothing: the rule is run on everything.
-    pub(super) const NOTHING: Self = Self { needles: None, starts: None, size: (0, u64::MAX) };
+    pub(super) const NOTHING: Self = Self { clauses: Vec::new(), starts: None, size: (0, u64::MAX) };
 
     /// Cannot be met.
     pub(super) fn never() -> Self {
-        Self { needles: Some(Vec::new()), ..Self::NOTHING }
+        Self { clauses: vec![Clause::new(Vec::new())], ..Self::NOTHING }
     }
 
     fn needles(needles: Option<Vec<Literal>>) -> Self {
-        Self { needles, ..Self::NOTHING }
+        Self { clauses: needles.into_iter().map(Clause::new).collect(), ..Self::NOTHING }
     }
 
     fn starts(starts: Vec<Vec<u8>>) -> Self {
         Self { starts: Some(starts), ..Self::NOTHING }
     }
 
-    /// How much it keeps away: higher is better.
+    /// Whether it cannot be met.
+    pub(super) fn is_never(&self) -> bool {
+        self.clauses.iter().any(|clause| clause.literals.is_empty())
+    }
+
+    /// How much its best clause keeps away: higher is better.
     pub(super) fn worth(&self) -> i32 {
-        match &self.needles {
-            None => -1,
-            Some(needles) => needles.iter().map(|literal| literal.rarity).min().unwrap_or(i32::MAX),
-        }
+        self.clauses.first().map_or(-1, |clause| clause.worth)
     }
 
     /// Both hold.
@@ -75,38 +104,82 @@ impl Demand {
             }
             (a, b) => a.or(b),
         };
-        let better = (other.worth(), std::cmp::Reverse(other.needles.as_ref().map_or(0, Vec::len)))
-            > (self.worth(), std::cmp::Reverse(self.needles.as_ref().map_or(0, Vec::len)));
-        let needles = if better { other.needles } else { self.needles };
-        Self { needles, starts, size }
+        if self.is_never() || other.is_never() {
+            return Self { starts, size, ..Self::never() };
+        }
+        let clauses = best_of(self.clauses.into_iter().chain(other.clauses).collect());
+        Self { clauses, starts, size }
     }
 
     /// At least one holds.
     pub(super) fn or(self, other: Self) -> Self {
-        let size = (self.size.0.min(other.size.0), self.size.1.max(other.size.1));
-        let starts = self.starts.zip(other.starts).and_then(|(a, b)| union(a, b, MOST_STARTS));
-        let needles = self.needles.zip(other.needles).and_then(|(a, b)| union(a, b, MOST));
-        Self { needles, starts, size }
+        Self::any(&[self, other])
+    }
+
+    /// At least one of these holds; of none, nothing is known.
+    pub(super) fn any(demands: &[Self]) -> Self {
+        let Some((first, others)) = demands.split_first() else { return Self::NOTHING };
+        let mut size = first.size;
+        let mut starts = first.starts.clone();
+        for other in others {
+            size = (size.0.min(other.size.0), size.1.max(other.size.1));
+            starts = starts.zip(other.starts.clone()).and_then(|(a, b)| union(a, b, MOST_STARTS));
+        }
+        Self { clauses: best_of(clauses_of_any(demands.iter())), starts, size }
     }
 }
 
-fn union<T: Ord>(mut a: Vec<T>, b: Vec<T>, most: usize) -> Option<Vec<T>> {
+/// Whichever of them holds, one of each of its clauses is met: the best of all together, the next of all, and so on.
+fn clauses_of_any<'a>(demands: impl Iterator<Item = &'a Demand>) -> Vec<Clause> {
+    let possible: Vec<&Demand> = demands.filter(|demand| !demand.is_never()).collect();
+    let Some(count) = possible.iter().map(|demand| demand.clauses.len()).min() else {
+        return Demand::never().clauses;
+    };
+    let all = |at: usize| {
+        let literals = || possible.iter().filter_map(move |demand| demand.clauses.get(at));
+        let len: usize = literals().map(|clause| clause.literals.len()).sum();
+        (len <= MOST).then(|| Clause::new(literals().flat_map(|clause| &clause.literals).copied().collect()))
+    };
+    (0..count).filter_map(all).collect()
+}
+
+/// The best of them first, each once; of those behind it only such as keep much away at little cost.
+fn best_of(mut clauses: Vec<Clause>) -> Vec<Clause> {
+    clauses.sort_by_key(|clause| std::cmp::Reverse(clause.rank()));
+    clauses.dedup();
+    let mut at = 0;
+    clauses.retain(|clause| {
+        at += 1;
+        at == 1 || clause.literals.len() <= MOST_BESIDE
+    });
+    clauses.truncate(MOST_CLAUSES);
+    clauses
+}
+
+fn union(mut a: Vec<Vec<u8>>, b: Vec<Vec<u8>>, most: usize) -> Option<Vec<Vec<u8>>> {
     a.extend(b);
     a.sort();
     a.dedup();
     (a.len() <= most).then_some(a)
 }
 
-/// At least `n` of these hold: the `n - 1` that keep away least may be the others.
+/// At least `n` of these hold: whichever `n - 1` of them are left out, one of the others does.
 fn n_of(mut demands: Vec<Demand>, n: usize) -> Demand {
     if n == 0 || n > demands.len() {
         return Demand::NOTHING;
     }
-    let any = demands.iter().cloned().reduce(Demand::or).unwrap_or(Demand::NOTHING);
+    let any = Demand::any(&demands);
+    if n == 1 {
+        return any;
+    }
     demands.sort_by_key(|demand| std::cmp::Reverse(demand.worth()));
-    demands.truncate(demands.len() - (n - 1));
-    let needles = demands.into_iter().reduce(Demand::or).and_then(|demand| demand.needles);
-    Demand { needles, ..any }
+    // Without the weakest, without the strongest, without the strongest but one.
+    let left_out = if demands.len() > MOST_BESIDE { 1 } else { 3 };
+    let clauses = [demands.len() + 1 - n, 0, 1].into_iter().take(left_out).flat_map(|first| {
+        let out = first..first + n - 1;
+        clauses_of_any(demands.iter().enumerate().filter(|(at, _)| !out.contains(at)).map(|(_, one)| one))
+    });
+    Demand { clauses: best_of(clauses.collect()), ..any }
 }
 
 /// Works out the demands of the rules of one namespace, in their order.
@@ -137,7 +210,7 @@ impl Reader<'_> {
             }
             Kind::Or(any) => {
                 let demands: Vec<_> = any.iter().map(|one| self.holds(one, current)).collect();
-                demands.into_iter().reduce(Demand::or).unwrap_or(Demand::NOTHING)
+                Demand::any(&demands)
             }
             Kind::Boolean(false) => Demand::never(),
             Kind::Variable(name) | Kind::Count(name) => self.string(name, current),

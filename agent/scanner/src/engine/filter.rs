@@ -1,9 +1,9 @@
-//! The filter: one pass over the data that finds the units whose needles are in it.
+//! The filter: one pass over the data that finds the needles that are in it.
 //!
 //! Each needle is entered under its rarest four bytes. The pass looks at every four bytes of the data: a bit map
 //! rules out nearly all of them, a table names the needles that may stand there, and a comparison decides.
 //!
-//! **Invariant:** every unit whose needle is in the data is reported. Case is dropped by setting bit 5 in data
+//! **Invariant:** every needle that is in the data is told of. Case is dropped by setting bit 5 in data
 //! and needle alike, which confuses bytes but never loses one; the comparison at the end is exact.
 
 use std::time::Instant;
@@ -23,8 +23,8 @@ struct Needle {
     literal: Literal,
     /// Where its window starts within it.
     offset: usize,
-    /// Units that want it.
-    units: Vec<u32>,
+    /// What is told when it is found.
+    tells: Vec<u32>,
 }
 
 /// A window, and a needle that has it.
@@ -32,6 +32,11 @@ struct Needle {
 struct Entry {
     window: u32,
     needle: u32,
+    /// Another window of the needle: most data that has the first does not have this one, and nothing else of the
+    /// needle needs to be fetched to see it.
+    other: u32,
+    /// Where the other starts, counted from the first.
+    other_at: isize,
 }
 
 /// All needles of a set of rules.
@@ -47,7 +52,39 @@ pub(super) struct Filter {
     map_shift: u32,
 }
 
-/// What the pass should do after a unit was found.
+/// Needles that were found in the data at hand: each is told of once.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Met {
+    bits: Vec<u64>,
+    /// Words that are not zero.
+    touched: Vec<u32>,
+}
+
+impl Met {
+    fn clear(&mut self, needles: usize) {
+        self.bits.resize(needles.div_ceil(64), 0);
+        for at in self.touched.drain(..) {
+            if let Some(word) = self.bits.get_mut(at as usize) {
+                *word = 0;
+            }
+        }
+    }
+
+    fn has(&self, needle: u32) -> bool {
+        self.bits.get(needle as usize / 64).is_some_and(|word| word & (1 << (needle % 64)) != 0)
+    }
+
+    fn add(&mut self, needle: u32) {
+        if let Some(word) = self.bits.get_mut(needle as usize / 64) {
+            if *word == 0 {
+                self.touched.push(needle / 64);
+            }
+            *word |= 1 << (needle % 64);
+        }
+    }
+}
+
+/// What the pass should do after a needle was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
     /// Look on.
@@ -57,19 +94,17 @@ pub(super) enum Next {
 }
 
 impl Filter {
-    /// Builds the table from needles and the units that want each.
+    /// Builds the table from needles and what is to be told of each.
     pub(super) fn new(wanted: impl Iterator<Item = (Literal, Vec<u32>)>) -> Self {
         let needles: Vec<Needle> = wanted
-            .map(|(literal, units)| Needle { offset: best_window(&literal.bytes).0, literal, units })
-            .collect();
-        let mut entries: Vec<Entry> = needles
-            .iter()
-            .zip(0u32..)
-            .filter_map(|(needle, at)| {
-                let window = needle.literal.bytes.get(needle.offset..)?.first_chunk::<SHORTEST>()?;
-                Some(Entry { window: u32::from_le_bytes(*window) | FOLD, needle: at })
+            .map(|(literal, tells)| Needle {
+                offset: best_window(literal.bytes.as_slice()).0,
+                literal,
+                tells,
             })
             .collect();
+        let mut entries: Vec<Entry> =
+            needles.iter().zip(0u32..).filter_map(|(needle, at)| entry(needle, at)).collect();
         // About one slot an entry, and 64 bits of the map.
         let slot_bits = bits(entries.len(), 1).clamp(4, 20);
         let map_bits = bits(entries.len(), 64).clamp(12, 23);
@@ -95,14 +130,15 @@ impl Filter {
         Self { needles, entries, slots, slot_shift, map, map_shift }
     }
 
-    /// Calls `found` for every unit whose needle is in `data`, once or more. Returns false if `deadline` came
-    /// before the end.
+    /// Tells `found` of every needle that is in `data`, once. Returns false if `deadline` came before the end.
     pub(super) fn find(
         &self,
         data: &[u8],
         deadline: Option<Instant>,
+        met: &mut Met,
         mut found: impl FnMut(u32) -> Next,
     ) -> bool {
+        met.clear(self.needles.len());
         if self.entries.is_empty() {
             return true;
         }
@@ -121,7 +157,7 @@ impl Filter {
                 let bit = (hash >> shift) as usize;
                 let word = map.get(bit / 64).copied().unwrap_or_default();
                 if word & (1 << (bit % 64)) != 0
-                    && self.confirm(data, start + at, window, hash, &mut found) == Next::Stop
+                    && self.confirm(data, start + at, (window, hash), met, &mut found) == Next::Stop
                 {
                     return true;
                 }
@@ -136,8 +172,8 @@ impl Filter {
         &self,
         data: &[u8],
         at: usize,
-        window: u32,
-        hash: u32,
+        (window, hash): (u32, u32),
+        met: &mut Met,
         found: &mut impl FnMut(u32) -> Next,
     ) -> Next {
         let slot = (hash >> self.slot_shift) as usize;
@@ -148,6 +184,10 @@ impl Filter {
             if entry.window != window {
                 continue;
             }
+            let other = at.checked_add_signed(entry.other_at).and_then(|at| window_at(data, at));
+            if other != Some(entry.other) || met.has(entry.needle) {
+                continue;
+            }
             let Some(needle) = self.needles.get(entry.needle as usize) else { continue };
             let bytes = needle.literal.bytes.as_slice();
             let Some(there) = at.checked_sub(needle.offset).and_then(|at| data.get(at..at + bytes.len()))
@@ -155,15 +195,29 @@ impl Filter {
                 continue;
             };
             if there == bytes || (needle.literal.nocase && there.eq_ignore_ascii_case(bytes)) {
-                for unit in &needle.units {
-                    if found(*unit) == Next::Stop {
-                        return Next::Stop;
-                    }
+                met.add(entry.needle);
+                if needle.tells.iter().any(|tell| found(*tell) == Next::Stop) {
+                    return Next::Stop;
                 }
             }
         }
         Next::Go
     }
+}
+
+/// The entry of a needle: its rarest window, and the one that shares least with it.
+fn entry(needle: &Needle, number: u32) -> Option<Entry> {
+    let (bytes, at) = (needle.literal.bytes.as_slice(), needle.offset);
+    let last = bytes.len().checked_sub(SHORTEST)?;
+    let other = if at > last - at { 0 } else { last };
+    let other_at = isize::try_from(other).ok()? - isize::try_from(at).ok()?;
+    let (window, other) = (window_at(bytes, at)?, window_at(bytes, other)?);
+    Some(Entry { window, needle: number, other, other_at })
+}
+
+/// The four bytes at `at`, case dropped.
+fn window_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk::<SHORTEST>().map(|window| u32::from_le_bytes(*window) | FOLD)
 }
 
 fn hash(window: u32) -> u32 {
@@ -177,11 +231,11 @@ fn bits(count: usize, each: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::needles::Piece, *};
 
     fn found(filter: &Filter, data: &[u8]) -> Vec<u32> {
         let mut units = Vec::new();
-        assert!(filter.find(data, None, |unit| {
+        assert!(filter.find(data, None, &mut Met::default(), |unit| {
             units.push(unit);
             Next::Go
         }));
@@ -191,8 +245,23 @@ mod tests {
     }
 
     #[test]
+    fn a_needle_is_told_of_once_in_each_data() {
+        let literal = Literal { bytes: Piece::new(*b"abcd"), nocase: false, rarity: 0 };
+        let filter = Filter::new([(literal, vec![7])].into_iter());
+        let (mut met, mut told) = (Met::default(), 0);
+        for _ in 0..3 {
+            let mut found = |_| {
+                told += 1;
+                Next::Go
+            };
+            assert!(filter.find(b"abcd abcd abcd", None, &mut met, &mut found));
+        }
+        assert_eq!(told, 3);
+    }
+
+    #[test]
     fn needles_are_found_wherever_they_stand() {
-        let literal = |text: &str, nocase| Literal { bytes: text.as_bytes().to_vec(), nocase, rarity: 0 };
+        let literal = |text: &str, nocase| Literal { bytes: Piece::new(text.bytes()), nocase, rarity: 0 };
         let filter = Filter::new(
             [
                 (literal("abcd", false), vec![0]),

@@ -21,10 +21,27 @@ pub(crate) const VERY_SLOW: &str = "very slow rule";
 /// Rounds of a loop that are always few.
 const FEW_ROUNDS: i64 = 64;
 
+/// What is said of a rule.
+#[derive(Debug, Clone)]
+pub(super) struct Remark {
+    /// Its name.
+    pub(super) rule: String,
+    /// Where in the text, in bytes.
+    pub(super) at: usize,
+    /// It can stop a scan.
+    pub(super) very: bool,
+    /// Why.
+    pub(super) reason: String,
+}
+
 /// Remarks on the rules of `text` (parsed: `file`), each at the name of its rule or at its string.
 pub(super) fn look(text: &str, file: &YaraFile) -> Vec<Problem> {
+    problems(text, remarks(file))
+}
+
+/// What there is to say of the rules of a file.
+pub(super) fn remarks(file: &YaraFile) -> Vec<Remark> {
     let mut remarks = Vec::new();
-    let mut place = Place { text, at: 0, line: 1 };
     for component in &file.components {
         if let YaraFileComponent::Rule(rule) = component {
             let mut found = Vec::new();
@@ -34,20 +51,29 @@ pub(super) fn look(text: &str, file: &YaraFile) -> Vec<Problem> {
                 }
             }
             of_loops(&rule.condition, None, &mut found);
-            // The parser gives strings and conditions in the order of the text, after the name.
-            found.sort_by_key(|(at, _, _)| *at);
-            for (at, very, reason) in found {
-                let prefix = if very { VERY_SLOW } else { SLOW };
-                let (line, column) = place.of(at);
-                remarks.push(Problem {
-                    line,
-                    column,
-                    message: format!("{prefix} `{}`: {reason}", rule.name),
-                });
-            }
+            remarks.extend(found.into_iter().map(|(at, very, reason)| Remark {
+                rule: rule.name.clone(),
+                at,
+                very,
+                reason,
+            }));
         }
     }
     remarks
+}
+
+/// Remarks in the order of the text, with their lines and columns.
+pub(super) fn problems(text: &str, mut remarks: Vec<Remark>) -> Vec<Problem> {
+    remarks.sort_by_key(|remark| remark.at);
+    let mut place = Place { text, at: 0, line: 1 };
+    remarks
+        .into_iter()
+        .map(|Remark { rule, at, very, reason }| {
+            let prefix = if very { VERY_SLOW } else { SLOW };
+            let (line, column) = place.of(at);
+            Problem { line, column, message: format!("{prefix} `{rule}`: {reason}") }
+        })
+        .collect()
 }
 
 /// Lines and columns of ascending offsets, counted once.

@@ -1,9 +1,10 @@
 //! Rules: compiled here, inside a worker, and run on bytes.
 //!
-//! A large set is not run as a whole: a [`filter`] finds in one pass which rules can hold at all, by literals
-//! of which one must be in the data ([`needles`], [`demand`]), and only these are run, in [`groups`] that are
-//! compiled when first needed. Rules of which no literal is known, or only common ones, are run on everything.
-//! Few rules, and data that wakes many, are judged by the whole set.
+//! A large set is not run as a whole: a [`filter`] finds in one pass which rules can hold at all, by clauses of
+//! literals, of each of which one must be in the data ([`needles`], [`demand`]), and only these are run, in
+//! [`groups`] that are compiled when first needed. Rules that hold for data of one size are found by the size.
+//! Rules of which no literal is known, or only common ones, are run on everything. Few rules, and data that wakes
+//! many, are judged by the whole set.
 //!
 //! **Invariant:** the hits are those of the whole set, in its order. (One defect of boreal 1.4.0 is not kept:
 //! of a namespace whose global rules do not all hold, it reports those that do, if there is another namespace.)
@@ -11,6 +12,8 @@
 //! **Invariant:** no rule can make the compiler open a file (includes are off), and the `macho` module is not
 //! there: a 48-byte fat Mach-O file sends boreal 1.4.0 into endless recursion when a rule imports it.
 
+mod corpus;
+pub(crate) mod cost;
 mod demand;
 #[cfg(test)]
 mod equality;
@@ -32,7 +35,8 @@ use boreal::{
     module,
     scanner::{ScanError, ScanParams},
 };
-use filter::{Filter, Next};
+use demand::MOST_CLAUSES;
+use filter::{Filter, Met, Next};
 use groups::{Group, Kept};
 use needles::Literal;
 use tm_patterns::Problem;
@@ -64,12 +68,25 @@ pub(crate) struct Engine {
 #[derive(Debug, Clone)]
 struct Sieve {
     shared: Arc<Shared>,
-    /// Scanners of the groups without needles.
+    /// Scanners of the groups that are run on all that fits them.
     always: Vec<Scanner>,
-    /// What is known of each group for the data at hand.
+    known: Knowledge,
+}
+
+/// What is known of the data at hand.
+#[derive(Debug, Clone, Default)]
+struct Knowledge {
+    /// Of each group.
     states: Vec<State>,
     /// Groups whose state is known.
     touched: Vec<usize>,
+    /// The clauses of each unit that are met, a bit for each.
+    clauses: Vec<u8>,
+    /// Units of which one is met.
+    begun: Vec<usize>,
+    /// Groups that are to be run.
+    woken: Vec<usize>,
+    met: Met,
 }
 
 #[derive(Debug)]
@@ -78,10 +95,14 @@ struct Shared {
     units: Vec<Unit>,
     /// The group of each unit; of those that have no group nothing is entered in the filter.
     group_of: Vec<usize>,
+    /// The clauses of each unit that are entered in the filter.
+    clauses_of: Vec<u8>,
     groups: Vec<Group>,
+    /// Units without needles that can hold for data of one size only.
+    of_size: HashMap<u64, Vec<usize>>,
     filter: Filter,
     kept: Kept,
-    /// Groups without needles.
+    /// Groups that are run on all that fits them.
     always: Vec<Group>,
 }
 
@@ -183,10 +204,9 @@ impl Engine {
         // A limit beyond the clock's range is no limit.
         let run =
             &mut Run { bytes, deadline: Instant::now().checked_add(time), judgement: Judgement::default() };
-        let chosen = self.sieve.as_mut().and_then(|sieve| sieve.choose(run));
-        match chosen {
-            Some(mut scanners) => scanners.iter_mut().for_each(|scanner| run.scan(scanner)),
-            None => self.whole.iter_mut().for_each(|scanner| run.scan(scanner)),
+        let is_judged = self.sieve.as_mut().is_some_and(|sieve| sieve.judge(run).is_some());
+        if !is_judged {
+            self.whole.iter_mut().for_each(|scanner| run.scan(scanner));
         }
         let mut judgement = std::mem::take(&mut run.judgement);
         if judgement.matches.len() > 1 {
@@ -249,27 +269,42 @@ impl Run<'_> {
 impl Sieve {
     /// `None` if a part does not compile alone, or, with `if_worth`, if most rules have no needles.
     fn new(texts: &[(Sha256, String)], units: Vec<Unit>, if_worth: bool) -> Option<Self> {
-        let (mut wanted, mut always) = (Vec::new(), Vec::new());
-        for (at, unit) in units.iter().enumerate() {
-            // What can never hold (no needle of none) is in neither.
-            match &unit.demand.needles {
-                Some(needles) if needles.is_empty() => {}
-                Some(_) if unit.demand.worth() >= COMMON_BELOW => wanted.push(at),
-                Some(_) | None => always.push(at),
+        let (mut wanted, mut sized, mut always) = (Vec::new(), Vec::new(), Vec::new());
+        // What can never hold is in none of them.
+        for (at, Unit { demand, .. }) in units.iter().enumerate().filter(|(_, unit)| !unit.demand.is_never())
+        {
+            if demand.worth() >= COMMON_BELOW {
+                wanted.push(at);
+            } else if demand.size.0 == demand.size.1 {
+                sized.push(at);
+            } else {
+                always.push(at);
             }
         }
         if if_worth && always.len() > wanted.len() {
             return None;
         }
         let mut wants: HashMap<Literal, Vec<u32>> = HashMap::new();
+        let mut clauses_of = vec![0; units.len()];
         for at in &wanted {
-            for literal in units.get(*at).and_then(|unit| unit.demand.needles.as_ref()).into_iter().flatten()
+            let clauses = &units.get(*at)?.demand.clauses;
+            for (number, clause) in
+                clauses.iter().take_while(|clause| clause.worth >= COMMON_BELOW).enumerate()
             {
-                wants.entry(literal.clone()).or_default().push(u32::try_from(*at).ok()?);
+                let tell = u32::try_from(*at * MOST_CLAUSES + number).ok()?;
+                *clauses_of.get_mut(*at)? |= 1 << number;
+                for literal in &clause.literals {
+                    wants.entry(*literal).or_default().push(tell);
+                }
             }
         }
         let filter = Filter::new(wants.into_iter());
-        let groups = groups::divide(&units, wanted, true);
+        let mut of_size: HashMap<u64, Vec<usize>> = HashMap::new();
+        for at in &sized {
+            of_size.entry(units.get(*at)?.demand.size.0).or_default().push(*at);
+        }
+        let mut groups = groups::divide(&units, wanted, true);
+        groups.extend(groups::divide(&units, sized, true));
         let mut group_of = vec![usize::MAX; units.len()];
         for (place, group) in groups.iter().enumerate() {
             for unit in &group.units {
@@ -279,59 +314,85 @@ impl Sieve {
         let always = groups::divide(&units, always, false);
         let scanners =
             always.iter().map(|group| groups::compile(texts, &units, group)).collect::<Option<Vec<_>>>()?;
-        let states = vec![State::Unknown; groups.len()];
+        let known = Knowledge {
+            states: vec![State::Unknown; groups.len()],
+            clauses: vec![0; units.len()],
+            ..Knowledge::default()
+        };
         let kept = Kept::new(groups.len(), KEPT);
-        let shared =
-            Arc::new(Shared { texts: texts.to_vec(), units, group_of, groups, filter, kept, always });
-        Some(Self { shared, always: scanners, states, touched: Vec::new() })
+        let texts = texts.to_vec();
+        let shared = Shared { texts, units, group_of, clauses_of, groups, of_size, filter, kept, always };
+        Some(Self { shared: Arc::new(shared), always: scanners, known })
     }
 
-    /// The scanners that can find something in these bytes; `None` if the whole set should look.
-    fn choose(&mut self, run: &mut Run<'_>) -> Option<Vec<Scanner>> {
-        let Self { shared, always, states, touched } = self;
+    /// Runs the rules that can find something in these bytes; `None`, and nothing is run, if the whole set should
+    /// look.
+    fn judge(&mut self, run: &mut Run<'_>) -> Option<()> {
+        let Self { shared, always, known } = self;
+        let in_time = shared.look(known, run.bytes, run.deadline);
+        if known.woken.len() > MANY {
+            return None;
+        }
+        let woken = known.woken.iter();
+        let woken = woken.map(|at| shared.kept.get(*at, &shared.texts, &shared.units, &shared.groups));
+        let mut woken = woken.collect::<Option<Vec<Scanner>>>()?;
+        run.judgement.timed_out |= !in_time;
+        for (group, scanner) in shared.always.iter().zip(always) {
+            if group.fits(run.bytes) {
+                run.scan(scanner);
+            }
+        }
+        woken.iter_mut().for_each(|scanner| run.scan(scanner));
+        Some(())
+    }
+}
+
+impl Shared {
+    /// Finds the groups to run, up to one more than [`MANY`]. Returns false if the deadline came before the end.
+    fn look(&self, known: &mut Knowledge, bytes: &[u8], deadline: Option<Instant>) -> bool {
+        let Knowledge { states, touched, clauses, begun, woken, met } = known;
+        woken.clear();
         for at in touched.drain(..) {
             if let Some(state) = states.get_mut(at) {
                 *state = State::Unknown;
             }
         }
-        let mut woken = Vec::new();
-        let size = u64::try_from(run.bytes.len()).unwrap_or(u64::MAX);
-        let in_time = shared.filter.find(run.bytes, run.deadline, |unit| {
-            let Some(at) = shared.group_of.get(unit as usize).copied() else { return Next::Go };
-            let Some(state) = states.get_mut(at).filter(|state| **state == State::Unknown) else {
+        for at in begun.drain(..) {
+            if let Some(clauses) = clauses.get_mut(at) {
+                *clauses = 0;
+            }
+        }
+        let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        let mut wake = |at: usize| {
+            let group = self.group_of.get(at).copied().unwrap_or(usize::MAX);
+            let Some(state) = states.get_mut(group).filter(|state| **state == State::Unknown) else {
                 return Next::Go;
             };
             let fits = |unit: &Unit| (unit.demand.size.0..=unit.demand.size.1).contains(&size);
-            if !shared.groups.get(at).is_some_and(|group| group.fits(run.bytes)) {
+            if !self.groups.get(group).is_some_and(|group| group.fits(bytes)) {
                 *state = State::Unfit;
-                touched.push(at);
-            } else if shared.units.get(unit as usize).is_some_and(fits) {
+                touched.push(group);
+            } else if self.units.get(at).is_some_and(fits) {
                 *state = State::Woken;
-                touched.push(at);
-                woken.push(at);
-                if woken.len() > MANY {
-                    return Next::Stop;
-                }
+                touched.push(group);
+                woken.push(group);
             }
-            Next::Go
-        });
-        if !in_time {
-            run.judgement.timed_out = true;
+            if woken.len() > MANY { Next::Stop } else { Next::Go }
+        };
+        if self.of_size.get(&size).is_some_and(|units| units.iter().any(|at| wake(*at) == Next::Stop)) {
+            return true;
         }
-        if woken.len() > MANY {
-            return None;
-        }
-        let mut scanners: Vec<Scanner> = shared
-            .always
-            .iter()
-            .zip(always.iter())
-            .filter(|(group, _)| group.fits(run.bytes))
-            .map(|(_, scanner)| scanner.clone())
-            .collect();
-        for at in woken {
-            scanners.push(shared.kept.get(at, &shared.texts, &shared.units, &shared.groups)?);
-        }
-        Some(scanners)
+        self.filter.find(bytes, deadline, met, |tell| {
+            let (at, number) = (tell as usize / MOST_CLAUSES, tell as usize % MOST_CLAUSES);
+            let (Some(met), Some(all)) = (clauses.get_mut(at), self.clauses_of.get(at)) else {
+                return Next::Go;
+            };
+            if *met == 0 {
+                begun.push(at);
+            }
+            *met |= 1 << number;
+            if *met == *all { wake(at) } else { Next::Go }
+        })
     }
 }
 

@@ -3,7 +3,7 @@
 //! **Invariant:** a list is complete: a string cannot match data that holds none of its literals. Where this is
 //! not certain there is no list ([`None`]), and the rule is run on everything.
 
-use std::{collections::HashSet, sync::LazyLock};
+use std::{collections::HashSet, fmt, sync::LazyLock};
 
 use boreal_parser::{
     hex_string::Token,
@@ -18,11 +18,41 @@ const LONGEST: usize = 16;
 /// Most literals of one demand; more of them cost more than they save.
 pub(super) const MOST: usize = 4096;
 
+/// At most [`LONGEST`] bytes, kept in place: a large set has some hundred thousand of them while it is read.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Piece {
+    bytes: [u8; LONGEST],
+    len: u8,
+}
+
+impl Piece {
+    /// The first [`LONGEST`] of `bytes`.
+    pub(super) fn new(bytes: impl IntoIterator<Item = u8>) -> Self {
+        let mut piece = Self { bytes: [0; LONGEST], len: 0 };
+        for (slot, byte) in piece.bytes.iter_mut().zip(bytes) {
+            *slot = byte;
+            piece.len += 1;
+        }
+        piece
+    }
+
+    /// The bytes.
+    pub(super) fn as_slice(&self) -> &[u8] {
+        self.bytes.get(..usize::from(self.len)).unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for Piece {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{}\"", self.as_slice().escape_ascii())
+    }
+}
+
 /// Bytes that must be in the data.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Literal {
     /// The bytes, `SHORTEST..=LONGEST` of them.
-    pub(super) bytes: Vec<u8>,
+    pub(super) bytes: Piece,
     /// ASCII letters stand for both cases.
     pub(super) nocase: bool,
     /// How rare it is thought to be: higher is rarer.
@@ -31,16 +61,17 @@ pub(super) struct Literal {
 
 impl Literal {
     fn new(bytes: &[u8], nocase: bool) -> Self {
-        Self { bytes: bytes.to_vec(), nocase, rarity: rarity(bytes) - if nocase { 5 } else { 0 } }
+        let rarity = rarity(bytes) - if nocase { 5 } else { 0 };
+        Self { bytes: Piece::new(bytes.iter().copied()), nocase, rarity }
     }
 }
 
 fn rarity(bytes: &[u8]) -> i32 {
     /// Windows of the common texts, as the filter sees them: few literals need the long look.
-    static WINDOWS: LazyLock<HashSet<Vec<u8>>> =
-        LazyLock::new(|| COMMON.iter().flat_map(|text| text.windows(SHORTEST)).map(folded).collect());
+    static WINDOWS: LazyLock<HashSet<[u8; SHORTEST]>> =
+        LazyLock::new(|| COMMON.iter().flat_map(|text| text.windows(SHORTEST)).filter_map(folded).collect());
     let (at, window) = best_window(bytes);
-    let best = bytes.get(at..at + SHORTEST).map(folded);
+    let best = bytes.get(at..).and_then(folded);
     if best.is_some_and(|best| WINDOWS.contains(&best))
         && COMMON.iter().any(|common| contains_folded(common, bytes))
     {
@@ -49,8 +80,8 @@ fn rarity(bytes: &[u8]) -> i32 {
     window.saturating_add(i32::try_from(bytes.len()).unwrap_or(i32::MAX).saturating_mul(2))
 }
 
-fn folded(window: &[u8]) -> Vec<u8> {
-    window.iter().map(|byte| byte | 0x20).collect()
+fn folded(bytes: &[u8]) -> Option<[u8; SHORTEST]> {
+    bytes.first_chunk().map(|window| window.map(|byte| byte | 0x20))
 }
 
 /// Where the rarest four bytes of a literal start, and how rare they are.
@@ -176,7 +207,7 @@ fn of_text(text: &[u8], modifiers: &VariableModifiers) -> Option<Vec<Literal>> {
             let piece = rarest_piece(&form)?;
             let rarity = rarity(piece);
             literals.extend((from..=to).map(|key| Literal {
-                bytes: piece.iter().map(|byte| byte ^ key).collect(),
+                bytes: Piece::new(piece.iter().map(|byte| byte ^ key)),
                 nocase: false,
                 // As rare as the text itself: with most keys it is rarer.
                 rarity,

@@ -30,7 +30,7 @@ const PIECE: u64 = 16 << 20;
 /// What neighbouring pieces of a stretch share, in bytes; a multiple of any page size.
 const OVERLAP: u64 = 64 << 10;
 /// Most bytes of one process that are read, unless told otherwise.
-pub(crate) const MOST_BYTES: u64 = 4 << 30;
+pub(super) const MOST_BYTES: u64 = 4 << 30;
 /// Pieces that may wait or be looked at.
 const AT_ONCE: usize = 4;
 /// How often a wait notices that the scan is called off.
@@ -118,6 +118,18 @@ pub(super) fn walk(
                 }
             }
         }
+    }
+}
+
+/// Visits the same processes, says about how much would be read of each, and reads nothing.
+pub(super) fn would_read(most: u64, visit: &mut dyn FnMut(Met)) {
+    let page = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
+    for process in processes() {
+        // Resident and, among these, shared with a file (proc(5)), in pages; the rest is its own.
+        let sizes = fs::read_to_string(format!("/proc/{}/statm", process.pid)).unwrap_or_default();
+        let mut sizes = sizes.split(' ').skip(1).filter_map(|size| size.parse::<u64>().ok());
+        let (Some(resident), Some(shared)) = (sizes.next(), sizes.next()) else { continue };
+        visit(Met::Process(resident.saturating_sub(shared).saturating_mul(page).min(most)));
     }
 }
 

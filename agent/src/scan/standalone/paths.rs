@@ -2,7 +2,7 @@
 //!
 //! Several files may follow one `--pattern`, and paths may follow them. Where paths stand apart (after another
 //! option, or after `--`), every word after `--pattern` is a pattern. Where they do not, the first word is,
-//! and with it the following ones that are named like YARA rules; the others are paths.
+//! and with it the following ones that are named like YARA rules or ClamAV lists; the others are paths.
 
 use std::{ffi::OsStr, path::PathBuf};
 
@@ -11,7 +11,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind, value_parser};
 /// What to look for and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PatternsAndPaths {
-    /// Files with rules, at least one.
+    /// Files with rules; none where the agent's are used.
     pub(super) patterns: Vec<PathBuf>,
     /// Files and folders to scan, at least one.
     pub(super) paths: Vec<PathBuf>,
@@ -24,13 +24,16 @@ impl clap::Args for PatternsAndPaths {
                 Arg::new("pattern")
                     .long("pattern")
                     .value_name("FILE")
-                    .help("What to look for: YARA rules; may be given several times")
+                    .help(
+                        "With --standalone: what to look for (YARA rules or a list of digests); may be given several times",
+                    )
                     .long_help(
-                        "What to look for: YARA rules. May be given several times, and with several files. \
+                        "With --standalone: what to look for: YARA rules or a list of digests (plain, CSV, MISP, \
+                         ClamAV .hdb and .hsb), told apart by content. May be given several times, and with several \
+                         files. \
                          Put another option or -- between the last FILE and the first PATH if both could \
                          be meant.",
                     )
-                    .required(true)
                     .num_args(1..)
                     .action(ArgAction::Append)
                     .value_parser(value_parser!(PathBuf)),
@@ -78,10 +81,11 @@ impl clap::FromArgMatches for PatternsAndPaths {
 impl PatternsAndPaths {
     /// `groups` are the words after each `--pattern`, `paths` those that stand apart. `None` without a path.
     fn sort_out(mut groups: Vec<Vec<PathBuf>>, mut paths: Vec<PathBuf>) -> Option<Self> {
+        // Without a pattern all words are paths.
         if paths.is_empty() {
             let last = groups.last_mut()?;
             // At least the last word must be a path, however it is named.
-            let named = last.iter().skip(1).take_while(|word| is_named_like_rules(word)).count();
+            let named = last.iter().skip(1).take_while(|word| is_named_like_a_pattern(word)).count();
             let patterns = named.saturating_add(1).min(last.len().saturating_sub(1)).max(1);
             paths = last.split_off(patterns.min(last.len()));
         }
@@ -90,10 +94,11 @@ impl PatternsAndPaths {
     }
 }
 
-fn is_named_like_rules(path: &std::path::Path) -> bool {
+fn is_named_like_a_pattern(path: &std::path::Path) -> bool {
     let extension = path.extension().and_then(OsStr::to_str);
-    extension
-        .is_some_and(|extension| ["yar", "yara"].iter().any(|rules| extension.eq_ignore_ascii_case(rules)))
+    extension.is_some_and(|extension| {
+        ["yar", "yara", "hdb", "hsb"].iter().any(|rules| extension.eq_ignore_ascii_case(rules))
+    })
 }
 
 #[cfg(test)]
@@ -112,11 +117,13 @@ mod tests {
             ("--pattern a b -- /x", Some((&["a", "b"], &["/x"]))),
             ("--pattern a --pattern b /x", Some((&["a", "b"], &["/x"]))),
             ("--pattern a.yar b.YARA /x c.yar", Some((&["a.yar", "b.YARA"], &["/x", "c.yar"]))),
+            ("--pattern a.hdb b.HSB c /x", Some((&["a.hdb", "b.HSB"], &["c", "/x"]))),
             ("--pattern a.yar b.yar", Some((&["a.yar"], &["b.yar"]))),
             ("/x --pattern a b", Some((&["a", "b"], &["/x"]))),
             ("--pattern a", None),
             ("--pattern a -o json", None),
-            ("/x", None),
+            ("/x", Some((&[], &["/x"]))),
+            ("/x /y.yar", Some((&[], &["/x", "/y.yar"]))),
             ("", None),
         ] {
             let command = PatternsAndPaths::augment_args(Command::new("scan"))

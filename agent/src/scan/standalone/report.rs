@@ -7,18 +7,20 @@ use std::{
     collections::BTreeMap,
     io::{self, Stderr, Write},
     sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
 use tm_protocol::{
     ids::Sha256,
+    quote::Quote,
     report::{Coverage, Detection, PathBytes, SkipReason, Skipped, Verdict},
     text::{escape, escape_for_display},
 };
 
-use super::units::show_size;
-use crate::scan::Event;
+use super::{progress::Progress, units::show_size};
+use crate::scan::{Event, past::Quoted};
 
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -32,9 +34,10 @@ pub(super) enum Format {
 /// Prints what a scan tells. If nobody takes the output any more, it calls the scan off.
 pub(super) struct Report<'a, W: Write> {
     out: W,
-    /// Where progress is shown, if a person watches.
-    progress: Option<Stderr>,
-    progress_shown: bool,
+    /// How far it is, if a person wants to know.
+    progress: Option<Progress<Stderr>>,
+    /// Results and progress are shown on the same terminal.
+    is_shared: bool,
     format: Format,
     /// What people call the patterns.
     names: BTreeMap<Sha256, String>,
@@ -72,22 +75,53 @@ enum Record<'a> {
         skipped: &'a BTreeMap<SkipReason, u64>,
         elapsed_s: f64,
         cpu_s: f64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        quoted: Option<QuotedRecord>,
+    },
+    Quote {
+        files: u64,
+        bytes: u64,
+        known: u64,
+        known_bytes: u64,
+        skipped: &'a BTreeMap<SkipReason, u64>,
+        /// `null` where there is no past scan to estimate from.
+        estimate: Option<EstimateRecord>,
+        elapsed_s: f64,
+        cpu_s: f64,
     },
 }
 
+/// What was quoted for the same order; times are missing where they could not be estimated.
+#[derive(Serialize)]
+struct QuotedRecord {
+    files: u64,
+    bytes: u64,
+    elapsed_s: Option<f64>,
+    cpu_s: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct EstimateRecord {
+    elapsed_s: f64,
+    cpu_s: f64,
+    runs: u32,
+    same_patterns: bool,
+}
+
 impl<'a, W: Write> Report<'a, W> {
-    /// Prints to `out`; `cancel` is set if that fails.
+    /// Prints to `out`, which may be where progress is shown (`is_shared`); `cancel` is set if that fails.
     pub(super) fn new(
         out: W,
-        progress: Option<Stderr>,
+        progress: Option<Progress<Stderr>>,
+        is_shared: bool,
         format: Format,
         names: BTreeMap<Sha256, String>,
         cancel: &'a AtomicBool,
     ) -> Self {
-        Self { out, progress, progress_shown: false, format, names, cancel, broken: None }
+        Self { out, progress, is_shared, format, names, cancel, broken: None }
     }
 
-    /// Prints one event.
+    /// Prints one event, or shows it.
     pub(super) fn event(&mut self, event: &Event<'_>) {
         if self.broken.is_some() {
             return;
@@ -98,6 +132,12 @@ impl<'a, W: Write> Report<'a, W> {
             (Event::Skipped(skipped), Format::Json) => self.skipped_json(skipped),
             // The summary names the first ones and counts all.
             (Event::Skipped(_), Format::Text) => Ok(()),
+            (Event::Now(path), Format::Json | Format::Text) => {
+                if let Some(progress) = &mut self.progress {
+                    progress.looks_at(path);
+                }
+                Ok(())
+            }
             (Event::Tick(coverage), Format::Json | Format::Text) => self.tick(coverage),
         };
         if let Err(error) = done {
@@ -106,15 +146,70 @@ impl<'a, W: Write> Report<'a, W> {
         }
     }
 
-    /// Prints the receipt.
+    /// Prints what a scan would look at and what that is likely to cost, instead of a receipt.
     ///
     /// # Errors
     /// If it, or anything before it, could not be written.
-    pub(super) fn finish(mut self, coverage: &Coverage) -> io::Result<()> {
+    pub(super) fn quote(mut self, quote: &Quote) -> io::Result<()> {
         if let Some(error) = self.broken.take() {
             return Err(error);
         }
         self.clear_progress();
+        let estimate = quote.estimate;
+        match self.format {
+            Format::Json => self.record(&Record::Quote {
+                files: quote.files,
+                bytes: quote.bytes,
+                known: quote.known,
+                known_bytes: quote.known_bytes,
+                skipped: &quote.skipped,
+                estimate: estimate.map(|estimate| EstimateRecord {
+                    elapsed_s: seconds(estimate.elapsed_ms),
+                    cpu_s: seconds(estimate.cpu_ms),
+                    runs: estimate.runs,
+                    same_patterns: estimate.same_patterns,
+                }),
+                elapsed_s: seconds(quote.elapsed_ms),
+                cpu_s: seconds(quote.cpu_ms),
+            })?,
+            Format::Text => {
+                let known = match quote.known {
+                    0 => String::new(),
+                    known => format!(
+                        "{known} of them ({}) known clean and not read again\n",
+                        show_size(quote.known_bytes)
+                    ),
+                };
+                let cost = match estimate {
+                    Some(estimate) => format!(
+                        "about {:.1} s ({:.1} s of CPU time), estimated from {} past {}{}",
+                        seconds(estimate.elapsed_ms),
+                        seconds(estimate.cpu_ms),
+                        estimate.runs,
+                        if estimate.runs == 1 { "scan" } else { "scans" },
+                        if estimate.same_patterns { "" } else { " with other patterns" },
+                    ),
+                    None => "no past scan to estimate from".to_owned(),
+                };
+                let files = if quote.files == 1 { "file" } else { "files" };
+                let bytes = show_size(quote.bytes);
+                writeln!(self.out, "would look at {} {files}, {bytes}\n{known}{cost}", quote.files)?;
+            }
+        }
+        self.out.flush()
+    }
+
+    /// Prints the receipt, and beside it what was quoted for the same order.
+    ///
+    /// # Errors
+    /// If it, or anything before it, could not be written.
+    pub(super) fn finish(mut self, coverage: &Coverage, quoted: Option<Quoted>) -> io::Result<()> {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
+        self.clear_progress();
+        // To count what there is was a part of the work.
+        let cpu_ms = coverage.cpu_ms.saturating_add(self.progress.as_ref().map_or(0, Progress::cpu_ms));
         match self.format {
             Format::Json => self.record(&Record::Summary {
                 verdict: coverage.verdict(),
@@ -124,9 +219,15 @@ impl<'a, W: Write> Report<'a, W> {
                 detections: coverage.detections,
                 skipped: &coverage.skipped,
                 elapsed_s: seconds(coverage.elapsed_ms),
-                cpu_s: seconds(coverage.cpu_ms),
+                cpu_s: seconds(cpu_ms),
+                quoted: quoted.map(|quoted| QuotedRecord {
+                    files: quoted.files,
+                    bytes: quoted.bytes,
+                    elapsed_s: quoted.elapsed_ms.map(seconds),
+                    cpu_s: quoted.cpu_ms.map(seconds),
+                }),
             })?,
-            Format::Text => self.summary_text(coverage)?,
+            Format::Text => self.summary_text(coverage, cpu_ms, quoted)?,
         }
         self.out.flush()
     }
@@ -164,12 +265,17 @@ impl<'a, W: Write> Report<'a, W> {
     }
 
     fn record(&mut self, record: &Record<'_>) -> io::Result<()> {
+        if let Some(progress) = self.progress.as_mut().filter(|_| self.is_shared) {
+            progress.clear();
+        }
         serde_json::to_writer(&mut self.out, record)?;
         self.out.write_all(b"\n")
     }
 
     fn detection_text(&mut self, detection: &Detection) -> io::Result<()> {
-        self.clear_progress();
+        if self.is_shared {
+            self.clear_progress();
+        }
         let place = place(&detection.path, &detection.member);
         let rule = escape_for_display(&detection.rule);
         match self.names.get(&detection.pattern) {
@@ -181,7 +287,7 @@ impl<'a, W: Write> Report<'a, W> {
         }
     }
 
-    fn summary_text(&mut self, coverage: &Coverage) -> io::Result<()> {
+    fn summary_text(&mut self, coverage: &Coverage, cpu_ms: u64, quoted: Option<Quoted>) -> io::Result<()> {
         for skipped in &coverage.samples {
             let place = place(&skipped.path, &skipped.member);
             writeln!(self.out, "NOT SCANNED {place}: {}", skipped.reason)?;
@@ -199,8 +305,18 @@ impl<'a, W: Write> Report<'a, W> {
             if coverage.files == 1 { "file" } else { "files" },
             show_size(coverage.bytes),
             seconds(coverage.elapsed_ms),
-            seconds(coverage.cpu_ms),
+            seconds(cpu_ms),
         )?;
+        if let Some(quoted) = quoted {
+            let cost = match (quoted.elapsed_ms, quoted.cpu_ms) {
+                (Some(elapsed), Some(cpu)) => {
+                    format!("about {:.1} s ({:.1} s of CPU time)", seconds(elapsed), seconds(cpu))
+                }
+                (None, _) | (_, None) => "no cost".to_owned(),
+            };
+            let bytes = show_size(quoted.bytes);
+            writeln!(self.out, "quoted before: {} files, {bytes}, {cost}", quoted.files)?;
+        }
         if coverage.known > 0 {
             writeln!(self.out, "{} of them known clean, unchanged since they were read", coverage.known)?;
         }
@@ -222,23 +338,14 @@ impl<'a, W: Write> Report<'a, W> {
     fn tick(&mut self, coverage: &Coverage) -> io::Result<()> {
         self.out.flush()?;
         if let Some(progress) = &mut self.progress {
-            self.progress_shown = true;
-            // Progress is a courtesy; a terminal that went away does not stop the scan.
-            let _ = write!(
-                progress,
-                "\r\x1b[K{} files, {}, {} detections",
-                coverage.files,
-                show_size(coverage.bytes),
-                coverage.detections
-            );
+            progress.show(coverage, Instant::now());
         }
         Ok(())
     }
 
     fn clear_progress(&mut self) {
-        if let Some(progress) = self.progress.as_mut().filter(|_| self.progress_shown) {
-            let _ = write!(progress, "\r\x1b[K");
-            self.progress_shown = false;
+        if let Some(progress) = &mut self.progress {
+            progress.clear();
         }
     }
 }
@@ -272,7 +379,7 @@ mod tests {
         let pattern = Sha256::of(b"p");
         let names = BTreeMap::from([(pattern, "rules.yar".to_owned())]);
         let mut out = Vec::new();
-        let mut report = Report::new(&mut out, None, format, names, &cancel);
+        let mut report = Report::new(&mut out, None, false, format, names, &cancel);
         let mut coverage =
             Coverage { files: 2, bytes: 2048, elapsed_ms: 1500, cpu_ms: 500, ..Coverage::default() };
         let path = PathBytes::from(HOSTILE);
@@ -297,7 +404,7 @@ mod tests {
             coverage.skip(skipped);
         }
         report.event(&Event::Tick(&coverage));
-        report.finish(&coverage).unwrap();
+        report.finish(&coverage, None).unwrap();
         assert!(!cancel.load(Ordering::Relaxed));
         String::from_utf8(out).unwrap()
     }
@@ -366,9 +473,9 @@ mod tests {
             }
         }
         let cancel = AtomicBool::new(false);
-        let mut report = Report::new(Closed, None, Format::Json, BTreeMap::new(), &cancel);
+        let mut report = Report::new(Closed, None, false, Format::Json, BTreeMap::new(), &cancel);
         report.event(&Event::Tick(&Coverage::default()));
         assert!(cancel.load(Ordering::Relaxed));
-        assert_eq!(report.finish(&Coverage::default()).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(report.finish(&Coverage::default(), None).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }

@@ -14,13 +14,42 @@ pub(crate) struct OptionArgs {
     #[arg(long)]
     pub(crate) all_local: bool,
     /// Most CPU time, on average, in percent of one core (1 to 100) [default: no limit]
+    ///
+    /// The scan then looks at files one by one, reads only what nobody else wants to read, and takes less while
+    /// others wait for CPU, disk or memory.
     #[arg(long, value_name = "N%", value_parser = percent)]
     pub(crate) cpu: Option<u8>,
+    /// Stay in the background: --cpu 10%
+    #[arg(long, conflicts_with = "cpu")]
+    pub(crate) background: bool,
+    /// Look at what runs, what starts by itself, and where things are dropped
+    ///
+    /// Running programs, autostart places, /tmp, /var/tmp, /dev/shm, and in home folders what is executable or was
+    /// changed within two weeks. Paths are looked at besides.
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Look at every local file system; no --path stands beside it
+    #[arg(long, conflicts_with_all = ["quick", "paths"])]
+    pub(crate) full: bool,
+    /// Look at the memory of running processes, too
+    #[arg(long)]
+    pub(crate) processes: bool,
+    /// Read everything again, also what is known clean
+    #[arg(long)]
+    pub(crate) fresh: bool,
 }
 
 impl OptionArgs {
-    pub(crate) const fn options(&self) -> ScanOptions {
-        ScanOptions { all_local: self.all_local, cpu_percent: self.cpu }
+    pub(crate) fn options(&self) -> ScanOptions {
+        ScanOptions {
+            all_local: self.all_local,
+            cpu_percent: self.cpu.or(self.background.then_some(ScanOptions::BACKGROUND_PERCENT)),
+            quick: self.quick,
+            full: self.full,
+            processes: self.processes,
+            fresh: self.fresh,
+            dry_run: false,
+        }
     }
 }
 

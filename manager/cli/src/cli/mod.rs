@@ -180,7 +180,10 @@ pub(crate) enum Pattern {
     /// Import a pattern (YARA rules or a list of digests)
     #[command(long_about = "Import a pattern: YARA rules or a list of digests, told apart by content.\n\n\
         The manager compiles it first; mistakes are shown as FILE:LINE:COL and nothing is imported. A newer \
-        import under the same name is the one that the name means from then on.\n\n\
+        import under the same name is the one that the name means from then on. Rules that cost much more than \
+        others are named with the reason, and a pattern with one that can hold up a scan is refused unless \
+        --force is given. A list has one digest (MD5, SHA-1 or SHA-256) a line, alone or with a name, as CSV, as \
+        MISP exports it, or as ClamAV writes .hdb and .hsb; lines without one are named.\n\n\
         Example:\n  tmctl pattern import rules.yar --name fleet-rules")]
     Import {
         /// The file
@@ -188,6 +191,9 @@ pub(crate) enum Pattern {
         /// What people will call it [default: the file's name]
         #[arg(long)]
         name: Option<String>,
+        /// Take rules that can hold up a scan all the same; they are named, and the audit log says so
+        #[arg(long)]
+        force: bool,
     },
     /// List patterns
     List,

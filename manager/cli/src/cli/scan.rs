@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, time::Duration};
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 
 use super::{
     limits::{LimitArgs, OptionArgs},
@@ -16,28 +16,36 @@ pub(crate) enum Scan {
     /// Order a scan, one task for each endpoint
     #[command(long_about = "Order a scan, one task for each endpoint.\n\n\
         Every TARGET means exactly one endpoint; --search, --group and --query mean every one they find. \
-        Without --pattern, all imported patterns are used. Paths are absolute paths on the endpoints.\n\n\
+        Without --pattern, all imported patterns are used. Paths are absolute paths on the endpoints. Files that \
+        the same patterns have found clean and that have not changed since are not read again without --fresh.\n\n\
         With --wait, tmctl stays until every task has ended, prints what was detected and a receipt for each \
         endpoint, and exits 10 if anything was detected, else 1, 3 or 4 if a task did not end well, else 11 \
-        if not everything could be looked at, else 0. Ending tmctl does not end the scan: `tmctl task \
+        if not everything could be looked at, else 0. With --dry-run nothing is read: each endpoint walks the paths \
+        and says how many files and bytes there are, how many of them are known clean, and, where it has scanned \
+        before, how much CPU and time the scan is likely to take; `tmctl task show` has that beside the bill of the \
+        same order later. Ending tmctl does not end the scan: `tmctl task \
         cancel` does.\n\n\
         Examples:\n  \
         tmctl scan start web-07 --path /srv --path /home --wait\n  \
         tmctl scan start --group servers --path / --when-connected \\\n      --expires 7d --reason 'case 12'\n  \
         tmctl scan start --query needs-cleanup --path / --wait\n  \
-        tmctl scan start web-07 --path / --all-local --cpu 10%\n  \
+        tmctl scan start web-07 --full --dry-run\n  \
+        tmctl scan start web-07 --full --background\n  \
+        tmctl scan start --group servers --quick --processes --wait\n  \
         tmctl scan start 10.0.0.7 --path /tmp --wait -o json > receipt.json")]
     Start(Box<StartScan>),
 }
 
 /// `tmctl scan start`.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("waiting").args(["wait", "dry_run"]).multiple(true))]
 pub(crate) struct StartScan {
     /// For whom.
     #[command(flatten)]
     pub(crate) to: To,
     /// A file or folder to look at; may be given again
-    #[arg(long = "path", value_name = "PATH", required = true, value_parser = absolute_path())]
+    #[arg(long = "path", value_name = "PATH", required_unless_present_any = ["quick", "full", "processes"],
+        value_parser = absolute_path())]
     pub(crate) paths: Vec<OsString>,
     /// A pattern to look with, by name or digest; may be given again
     #[arg(long = "pattern", value_name = "NAME")]
@@ -58,8 +66,11 @@ pub(crate) struct StartScan {
     #[arg(long)]
     pub(crate) wait: bool,
     /// Stay no longer than this [default: as long as the tasks may take]
-    #[arg(long, value_name = "DURATION", requires = "wait", value_parser = duration::parse)]
+    #[arg(long, value_name = "DURATION", requires = "waiting", value_parser = duration::parse)]
     pub(crate) timeout: Option<Duration>,
+    /// Read nothing; say what the scan would look at and what that is likely to cost. Implies --wait
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// How to go about it.
     #[command(flatten)]
     pub(crate) options: OptionArgs,
@@ -69,6 +80,11 @@ pub(crate) struct StartScan {
 }
 
 impl StartScan {
+    /// Whether the command stays until the tasks have ended.
+    pub(crate) const fn waits(&self) -> bool {
+        self.wait || self.dry_run
+    }
+
     /// The longest that the command stays.
     pub(crate) fn patience(&self) -> Duration {
         self.timeout.unwrap_or(self.expires + self.deadline + LAST_WORD)
@@ -91,6 +107,11 @@ mod tests {
         assert!(parse(&["web", "--path", "/srv", "--wait", "--timeout", "5m", "-o", "json"]).is_ok());
         assert!(parse(&["--group", "g", "--path", "/srv"]).is_ok());
         assert!(parse(&["--query", "needs-cleanup", "--path", "/srv"]).is_ok());
+        assert!(parse(&["web", "--quick"]).is_ok());
+        assert!(parse(&["web", "--quick", "--path", "/srv", "--background"]).is_ok());
+        assert!(parse(&["web", "--full", "--fresh"]).is_ok());
+        assert!(parse(&["web", "--processes"]).is_ok());
+        assert!(parse(&["web", "--full", "--dry-run", "--timeout", "5m"]).is_ok());
         for bad in [
             &["web"][..],
             &["--path", "/srv"],
@@ -98,6 +119,10 @@ mod tests {
             &["web", "--path", "/srv", "--timeout", "5m"],
             &["web", "--path", "/srv", "--expires", "5"],
             &["web", "--path", "/srv", "--cpu", "0"],
+            &["web", "--path", "/srv", "--cpu", "5%", "--background"],
+            &["web", "--full", "--path", "/srv"],
+            &["web", "--full", "--quick"],
+            &["web", "--fresh"],
             &["web", "--path", "/srv", "--no-archives", "--max-depth", "1"],
             &["web", "--path", "/srv", "--max-file-size", "1GB"],
             &["--query", "needs-holiday", "--path", "/srv"],

@@ -13,7 +13,7 @@ use crate::{
     cmds::{
         ordered::READING,
         progress::{self, Progress},
-        receipt,
+        quote, receipt,
         task::{TASKS, is_treatment},
         treatment,
         wait::{self, Patience, SHORTEST},
@@ -82,6 +82,9 @@ async fn end(task: &TaskView, patience: &Patience, client: &Client, out: &Output
     match out.format() {
         Format::Table => out.text(&receipt::text(task))?,
         Format::Json | Format::Csv => {}
+    }
+    if quote::is_one(task) {
+        return Ok(quote::exit(task));
     }
     if receipt::detections_of(task).is_some_and(|count| count > 0) {
         say(&tm_protocol::text::escape_for_display(&format!(

@@ -13,6 +13,7 @@ mod follow;
 mod ordered;
 pub(crate) mod pattern;
 mod progress;
+mod quote;
 mod receipt;
 #[cfg(test)]
 mod samples;

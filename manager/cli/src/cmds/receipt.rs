@@ -7,6 +7,7 @@ use tm_api::task::{DetectionView, ReceiptView, ScanResult, TaskView};
 use tm_protocol::{report::Verdict, task::TaskState, text::escape_for_display};
 
 use crate::{
+    cmds::quote,
     failure::{Exit, Failure},
     output::{Column, Format, Output, bytes, plural, say, table, target_word},
 };
@@ -184,6 +185,9 @@ pub(super) fn cleanup_command(tasks: &[&TaskView]) -> String {
 
 /// The receipt of one task: a line, and one for each gap that is known by name.
 pub(super) fn text(task: &TaskView) -> String {
+    if quote::is_one(task) {
+        return quote::text(task);
+    }
     let mut text = format!("{} ({}): ", escape_for_display(&task.host), escape_for_display(&task.endpoint));
     match (task.scan(), task.state) {
         (Some(result), state) => {
@@ -191,6 +195,9 @@ pub(super) fn text(task: &TaskView) -> String {
                 let _ = write!(text, "{state}{}; ", why(task));
             }
             receipt(&mut text, result, verdict(task).unwrap_or(result.verdict));
+            if let Some(quoted) = &task.quoted {
+                let _ = writeln!(text, "  quoted before: {}", quote::sum(&quoted.quote));
+            }
         }
         (None, TaskState::Queued | TaskState::Delivered | TaskState::Running) => {
             let _ = writeln!(

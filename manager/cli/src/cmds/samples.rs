@@ -31,6 +31,9 @@ pub(super) fn task(kind: &str, state: TaskState) -> TaskView {
         started_at: None,
         finished_at: None,
         expires_at: text("2026-01-02T04:04:05.678Z"),
+        paths: Vec::new(),
+        options: None,
+        quoted: None,
     }
 }
 

@@ -5,6 +5,7 @@ use std::{ffi::OsString, os::unix::ffi::OsStrExt as _};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tm_api::task::{self, TaskView};
+use tm_protocol::task::ScanOptions;
 use tokio::time::Instant;
 
 use crate::{
@@ -12,6 +13,7 @@ use crate::{
     client::Client,
     cmds::{
         ordered::{self, READING},
+        quote,
         receipt::{self, Scanned},
         task::detections,
         wait::{self, PARALLEL, Patience},
@@ -28,12 +30,17 @@ pub(crate) async fn run(command: Scan, client: &Client, out: &Output) -> Result<
 
 async fn start(args: StartScan, client: &Client, out: &Output) -> Result<Exit, Failure> {
     let patience = Patience::new(Instant::now() + args.patience());
-    let wait = args.wait;
+    let (wait, dry_run) = (args.waits(), args.dry_run);
     let tasks = ordered::send(client, &["scans"], &order(args)).await?;
     if !wait {
         return ordered::print(&tasks, out);
     }
     let begun = tasks.clone();
+    if dry_run {
+        let ended = wait::until_ended(client, tasks, &patience);
+        let ended = wait::unless_interrupted(ended, || wait::goes_on(&begun)).await?;
+        return quote::print(&ended, out);
+    }
     let scanned = wait::unless_interrupted(
         async {
             let ended = wait::until_ended(client, tasks, &patience).await?;
@@ -68,7 +75,7 @@ fn order(args: StartScan) -> task::StartScan {
         paths_b64: args.paths.iter().map(encoded).collect(),
         patterns: args.patterns,
         limits: args.limits.limits(),
-        options: args.options.options(),
+        options: ScanOptions { dry_run: args.dry_run, ..args.options.options() },
         expires_in_s: Some(args.expires.as_secs()),
         deadline_s: Some(args.deadline.as_secs()),
         when_connected: args.when_connected,
@@ -86,7 +93,7 @@ mod tests {
 
     use clap::Parser as _;
 
-    use tm_protocol::task::{ScanLimits, ScanOptions};
+    use tm_protocol::task::ScanLimits;
 
     use super::*;
     use crate::cli::{Cli, Command};
@@ -114,7 +121,8 @@ mod tests {
         let order = order(*args);
         assert_eq!(order.paths_b64, ["L/8="]);
         assert_eq!((order.limits.depth, order.limits.file_ms), (0, 120_000));
-        assert_eq!(order.options, ScanOptions { all_local: true, cpu_percent: Some(10) });
+        let expected = ScanOptions { all_local: true, cpu_percent: Some(10), ..ScanOptions::default() };
+        assert_eq!(order.options, expected);
         assert_eq!(order.limits.ratio, ScanLimits::default().ratio);
         assert_eq!((order.expires_in_s, order.deadline_s), (Some(3600), Some(86_400)));
         assert_eq!(order.to.targets, ["web"]);

@@ -6,19 +6,19 @@ use serde::Serialize;
 use tm_api::task::{DetectionView, ItemView, TaskQuery, TaskView};
 use tm_protocol::{
     report::{Tally, Verdict},
-    task::TaskKind,
+    task::{ScanOptions, TaskKind},
 };
 
 use crate::{
     cli::Task,
     client::Client,
-    cmds::{cancel, follow, receipt, treatment},
+    cmds::{cancel, follow, quote, receipt, treatment},
     failure::{Exit, Failure},
     output::{Column, Format, Output, card, say, table, width},
 };
 
 /// How a task looks.
-pub(crate) const TASKS: [Column<TaskView>; 19] = [
+pub(crate) const TASKS: [Column<TaskView>; 21] = [
     Column::id("id", |t| t.id.clone()),
     Column::narrow("kind", |t| t.kind.clone()),
     Column::narrow("host", |t| t.host.clone()),
@@ -40,6 +40,8 @@ pub(crate) const TASKS: [Column<TaskView>; 19] = [
     Column::wide("message", |t| t.message.clone().unwrap_or_default()),
     Column::wide("reason", |t| t.reason.clone()),
     Column::wide("terms", terms),
+    Column::wide("paths", |t| t.paths.join("\n")),
+    Column::wide("options", |t| t.options.as_ref().map(options).unwrap_or_default()),
 ];
 
 const DETECTIONS: [Column<DetectionView>; 13] = [
@@ -127,6 +129,9 @@ pub(super) fn is_treatment(task: &TaskView) -> bool {
 /// What came of it, in a word or two.
 fn result(task: &TaskView) -> String {
     let dry = if task.dry_run { " (dry run)" } else { "" };
+    if let Some(quote) = task.quote() {
+        return quote::in_short(quote);
+    }
     match (receipt::verdict(task), task.treatment()) {
         (Some(Verdict::Detected), _) => {
             format!("{} {}", Verdict::Detected, receipt::detections_of(task).unwrap_or(0))
@@ -158,6 +163,21 @@ fn tally_in_short(tally: &Tally) -> String {
 fn terms(task: &TaskView) -> String {
     let words = [(task.dry_run, "dry-run"), (task.cancelling, "being-called-off")];
     words.into_iter().filter(|(is, _)| *is).map(|(_, word)| word).collect::<Vec<_>>().join(" ")
+}
+
+/// What a scan looks at besides paths, and how it goes about it.
+fn options(options: &ScanOptions) -> String {
+    let ScanOptions { all_local, cpu_percent, quick, full, processes, fresh, dry_run: _ } = options;
+    let words = [
+        (*quick, "quick: what runs, what starts by itself, where things are dropped"),
+        (*full, "full: every local file system"),
+        (*all_local && !*full, "other local file systems, too"),
+        (*processes, "the memory of processes, too"),
+        (*fresh, "also what is known clean"),
+    ];
+    let share = cpu_percent.map(|percent| format!("at most {percent} % of one core"));
+    let words = words.into_iter().filter(|(is, _)| *is).map(|(_, word)| word.to_owned());
+    words.chain(share).collect::<Vec<_>>().join("; ")
 }
 
 /// Every detection of a task.
@@ -201,6 +221,33 @@ mod tests {
         ] {
             assert_eq!(result(&task), text);
         }
+    }
+
+    #[test]
+    fn the_options_of_a_scan_are_told_in_words() {
+        let mut all = ScanOptions { quick: true, processes: true, fresh: true, ..ScanOptions::default() };
+        (all.all_local, all.cpu_percent) = (true, Some(10));
+        for (given, text) in [
+            (ScanOptions::default(), ""),
+            (
+                ScanOptions { full: true, all_local: true, ..ScanOptions::default() },
+                "full: every local file system",
+            ),
+            (
+                all,
+                "quick: what runs, what starts by itself, where things are dropped; other local file systems, too; \
+                 the memory of processes, too; also what is known clean; at most 10 % of one core",
+            ),
+        ] {
+            assert_eq!(options(&given), text);
+        }
+        let mut task = samples::task("scan", TaskState::Done);
+        (task.paths, task.options) = (vec!["/srv".into(), "/home".into()], Some(all));
+        let text = text(&task, None, None);
+        assert!(
+            text.contains("/srv") && text.contains("/home") && text.contains("10 % of one core"),
+            "{text}"
+        );
     }
 
     #[test]

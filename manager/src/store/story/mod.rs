@@ -4,6 +4,7 @@
 mod chance;
 mod fleet;
 mod incidents;
+mod looks;
 mod tasks;
 
 use sqlx::{AssertSqlSafe, Row as _};
@@ -14,6 +15,7 @@ use tm_api::{
 use tm_protocol::{
     ids::{EndpointId, Sha256, TaskId, VaultId},
     message::{Outcome, Report, ReportBody},
+    quote::Quote,
     report::{Coverage, Detection, Failure, ItemReport, ItemVerdict, PathBytes, Tally, VaultEntry},
     task::{TaskKind, TaskSpec, TaskState},
 };
@@ -98,9 +100,11 @@ impl Lab {
     }
 
     async fn order_scan(&self, now_ms: i64) -> TaskId {
-        let spec = scan_spec();
-        let order =
-            Order { spec: &spec, issuer: "root", reason: "", expires_in_ms: HOUR_MS, deadline_ms: HOUR_MS };
+        self.order_to_scan(&scan_spec(), now_ms).await
+    }
+
+    async fn order_to_scan(&self, spec: &TaskSpec, now_ms: i64) -> TaskId {
+        let order = Order { spec, issuer: "root", reason: "", expires_in_ms: HOUR_MS, deadline_ms: HOUR_MS };
         let task = TaskId::new(Uuid::now_v7());
         let recipient =
             Recipient { task, endpoint: self.endpoint, host: "web-07".to_owned(), is_unsupported: false };

@@ -216,3 +216,64 @@ async fn a_hostile_agent_changes_only_what_is_its_own() {
     assert_eq!(lab.last_event().await.2, "limit");
     assert_eq!(TaskKind::Scan.word(), lab.task(scan).await.kind);
 }
+
+#[tokio::test]
+async fn a_scan_that_only_says_its_cost_finds_and_covers_nothing() {
+    let lab = Lab::start().await;
+    let TaskSpec::Scan(real) = scan_spec() else { panic!("a scan") };
+    let mut asks = real.clone();
+    asks.options.dry_run = true;
+    let asks = TaskSpec::Scan(asks);
+    let covered = async || {
+        let row = sqlx::query("SELECT COUNT(*) FROM covered").fetch_one(lab.store.reader()).await.unwrap();
+        row.get::<i64, _>(0)
+    };
+    let quote = |files| Quote { files, ..Quote::default() };
+
+    // Whatever an agent says of it, nothing was looked at.
+    for outcome in [
+        Outcome::Scanned(Coverage { files: 9, ..Coverage::default() }),
+        Outcome::Failed(Failure::new("path-refused", "no")),
+        Outcome::Cancelled(Some(Coverage::default())),
+    ] {
+        let task = lab.order_to_scan(&asks, 1).await;
+        lab.begin(task, 1).await;
+        lab.say(ReportBody::Detections { task, detections: vec![find("/a", "evil")] }, 2).await;
+        lab.end(task, outcome.clone(), 3).await;
+        let row = lab.task(task).await;
+        assert!(row.dry_run && row.state.is_final() && row.state != TaskState::Done, "{outcome:?}: {row:?}");
+        assert_eq!(row.result, None, "{outcome:?}");
+        assert_eq!(lab.store.detections(task, 0, 10).await.unwrap().len(), 0, "{outcome:?}");
+    }
+    assert_eq!((covered().await, lab.standing().await), (0, vec![]));
+
+    for files in [3, 4] {
+        let task = lab.order_to_scan(&asks, files).await;
+        lab.begin(task, files).await;
+        lab.end(task, Outcome::Quoted(quote(4)), files + 1).await;
+    }
+    let newest = lab.order_to_scan(&asks, 6).await;
+    lab.begin(newest, 6).await;
+    lab.end(newest, Outcome::Quoted(quote(7)), 7).await;
+    let row = lab.task(newest).await;
+    assert_eq!((row.state, row.result), (TaskState::Done, Some(ResultRow::Quote(Box::new(quote(7))))));
+    assert_eq!(covered().await, 0);
+
+    // The real one has it beside it; another order, or an older one, has not.
+    let task = lab.order_scan(8).await;
+    let row = lab.task(task).await;
+    let before = lab.store.quote_before(&row, &real).await.unwrap().unwrap();
+    assert_eq!(before.id, newest);
+    let mut other = real.clone();
+    other.options.fresh = true;
+    assert_eq!(lab.store.quote_before(&row, &other).await.unwrap(), None);
+    let early = TaskRow { created_ms: 2, ..row };
+    assert_eq!(lab.store.quote_before(&early, &real).await.unwrap(), None);
+
+    lab.begin(task, 9).await;
+    lab.end(task, Outcome::Quoted(quote(1)), 10).await;
+    let row = lab.task(task).await;
+    assert_eq!((row.state, row.code.as_deref()), (TaskState::Failed, Some("wrong-outcome")));
+    lab.scan(&[], 11).await;
+    assert!(covered().await > 0, "the control");
+}

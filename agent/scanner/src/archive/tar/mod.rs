@@ -117,7 +117,8 @@ pub(super) fn members(walk: &mut Walk<'_>, bytes: &[u8]) -> Result<(), SkipReaso
                     Some(Ok(map)) => {
                         next = next.saturating_add(map.header_blocks * BLOCK);
                         let mut reader = map.reader();
-                        walk.read(&name, map.stored(), 0, &mut reader)?;
+                        let taken = walk.take_out(&name, map.stored(), 0, &mut reader)?;
+                        walk.judge_taken(&name, taken);
                     }
                     Some(Err(())) => {
                         walk.member(&name, data)?;

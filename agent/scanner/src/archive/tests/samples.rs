@@ -49,13 +49,17 @@ pub(super) struct Entry {
 impl Entry {
     /// An entry whose data unpacks to [`plain`].
     pub(super) fn of_plain(name: &str, method: u16, data: &[u8]) -> Self {
-        let plain = plain();
+        Self::of(name, method, data, &plain())
+    }
+
+    /// An entry whose data unpacks to `plain`.
+    pub(super) fn of(name: &str, method: u16, data: &[u8], plain: &[u8]) -> Self {
         Self {
             name: name.to_owned(),
             flags: 0,
             method,
             data: data.to_vec(),
-            crc: crc32fast::hash(&plain),
+            crc: crc32fast::hash(plain),
             size: number(plain.len()),
         }
     }
@@ -97,7 +101,7 @@ pub(super) fn zip(entries: &[Entry]) -> Vec<u8> {
 /// Puts a directory and the end record behind what is there.
 pub(super) fn end_zip(mut out: Vec<u8>, directory: &[u8], entries: usize) -> Vec<u8> {
     let at = number(out.len());
-    let count = u16::try_from(entries).unwrap_or(u16::MAX);
+    let count = u16::try_from(entries & 0xffff).unwrap();
     out.extend(directory);
     out.extend(b"PK\x05\x06\0\0\0\0");
     out.extend(count.to_le_bytes());
@@ -189,10 +193,87 @@ pub(super) fn cpio_binary(members: &[(&str, &[u8])], bytes: fn(u16) -> [u8; 2]) 
 }
 
 pub(super) fn rpm(payload: &[u8]) -> Vec<u8> {
+    rpm_of(b"gzip", payload)
+}
+
+/// A package that names its payload's compressor.
+pub(super) fn rpm_of(compressor: &[u8], payload: &[u8]) -> Vec<u8> {
     let mut lead = vec![0; 96];
     lead[..6].copy_from_slice(b"\xed\xab\xee\xdb\x03\0");
-    let header = b"\x8e\xad\xe8\x01\0\0\0\0\0\0\0\0\0\0\0\0";
-    [&lead, &header[..], header, payload].concat()
+    let magic = b"\x8e\xad\xe8\x01\0\0\0\0";
+    let store = [compressor, b"\0"].concat();
+    let mut header = magic.to_vec();
+    for field in [1, number(store.len()), 1125, 6, 0, 1] {
+        header.extend(field.to_be_bytes());
+    }
+    [&lead, &magic[..], &[0; 8], &header, &store, payload].concat()
+}
+
+/// LZMA alone (13 bytes of header) that packs each byte as itself.
+pub(super) fn lzma_literal(bytes: &[u8]) -> Vec<u8> {
+    let mut coder = RangeCoder { low: 0, range: u32::MAX, out: Vec::new(), held: 0, cache: 0 };
+    let (mut is_match, mut literals) = (1024_u16, vec![1024_u16; 0x300]);
+    for byte in bytes {
+        coder.bit(&mut is_match, 0);
+        let mut node = 1;
+        for at in (0..8).rev() {
+            let bit = usize::from(byte >> at & 1);
+            coder.bit(&mut literals[node], bit);
+            node = node << 1 | bit;
+        }
+    }
+    // Properties without contexts (lc, lp and pb of 0), a dictionary of 64 KiB, and the size.
+    let mut out = vec![0, 0, 0, 1, 0];
+    out.extend(u64::from(number(bytes.len())).to_le_bytes());
+    out.extend(coder.end());
+    out
+}
+
+/// The encoder of LZMA.
+struct RangeCoder {
+    low: u64,
+    range: u32,
+    out: Vec<u8>,
+    held: usize,
+    cache: u8,
+}
+
+impl RangeCoder {
+    fn bit(&mut self, odds: &mut u16, bit: usize) {
+        let bound = (self.range >> 11) * u32::from(*odds);
+        if bit == 0 {
+            self.range = bound;
+            *odds += (2048 - *odds) >> 5;
+        } else {
+            self.low += u64::from(bound);
+            self.range -= bound;
+            *odds -= *odds >> 5;
+        }
+        while self.range < 1 << 24 {
+            self.range <<= 8;
+            self.shift();
+        }
+    }
+
+    fn shift(&mut self) {
+        if self.low < 0xff00_0000 || self.low > 0xffff_ffff {
+            let carry = u8::try_from(self.low >> 32).unwrap();
+            self.out.push(self.cache.wrapping_add(carry));
+            self.out.extend(std::iter::repeat_n(0xff_u8.wrapping_add(carry), self.held));
+            self.held = 0;
+            self.cache = u8::try_from(self.low >> 24 & 0xff).unwrap();
+        } else {
+            self.held += 1;
+        }
+        self.low = (self.low & 0x00ff_ffff) << 8;
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        for _ in 0..5 {
+            self.shift();
+        }
+        self.out
+    }
 }
 
 fn number(length: usize) -> u32 {

@@ -1,6 +1,7 @@
 //! Are the hits those of the whole set? Judged by boreal without the filter, and by the program `yara`.
 
 mod generate;
+mod oracles;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
