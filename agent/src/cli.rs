@@ -269,6 +269,14 @@ fn status(paths: &Paths, format: StatusFormat) -> anyhow::Result<ExitCode> {
                 + &escape_for_display(&failure)
                 + "\nrunning task: "
                 + status.running_task.as_deref().unwrap_or("none")
+                + "\ncertificate:  until "
+                + &escape_for_display(&status.certificate_ends)
+                + &status.renewal_failure.as_ref().map_or_else(String::new, |why| {
+                    format!("\n              not renewed: {}", escape_for_display(why))
+                })
+                + &status.clock_ahead_s.map_or_else(String::new, |ahead| {
+                    format!("\nclock:        {ahead} s ahead of the manager's")
+                })
         }
     };
     let _ = writeln!(io::stdout(), "{text}");

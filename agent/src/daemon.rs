@@ -19,10 +19,10 @@ use std::{
 use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 use tm_protocol::{
-    ALPN_BULK, ALPN_CONTROL, VERSION,
+    ALPN_BULK, ALPN_CONTROL, ALPN_RENEW, VERSION,
     address::Address,
     ids::{Sha256, TaskId},
-    message::{Goodbye, Hello, Inventory, Ping, Pong, ToAgent, ToManager, Welcome},
+    message::{Goodbye, Hello, Inventory, Ping, Pong, Renew, Renewed, ToAgent, ToManager, Welcome},
     report::Failure,
     task::{CleanupSpec, TaskKind, TaskSpec},
     text::escape_for_display,
@@ -36,12 +36,14 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
+    clock,
     config::Config,
     connection::{self, ConnectError, Link, backoff},
     enroll::Enrolled,
     local,
     paths::{Paths, replace},
     platform::facts,
+    renewal,
     tasks::{
         Event, Now, care,
         desk::{Act, Desk},
@@ -49,6 +51,7 @@ use crate::{
         journal::record::{Boot, Found},
         sign::Signer,
     },
+    tls::KnownTime,
 };
 
 /// How long the manager may take to welcome us.
@@ -65,6 +68,10 @@ const CARE: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_secs(1);
 /// How far the wall clock may drift between two looks before it counts as a jump, in milliseconds.
 const CLOCK_JUMP_MS: u64 = 60_000;
+/// How soon a renewal that was not given is asked for again.
+const RENEWAL: Duration = Duration::from_secs(3600);
+/// How far this machine's clock may be from the manager's before that is told, in seconds.
+const SKEW_S: u64 = 600;
 /// What running tasks have told and the loop has not heard; beyond it they wait.
 const TOLD: usize = 64;
 
@@ -80,6 +87,15 @@ pub(crate) struct Status {
     pub(crate) since: String,
     pub(crate) last_failure: Option<Failure>,
     pub(crate) running_task: Option<String>,
+    /// When the certificate ends (RFC 3339).
+    #[serde(default)]
+    pub(crate) certificate_ends: String,
+    /// Why the certificate was not renewed when it was to be, if it was not.
+    #[serde(default)]
+    pub(crate) renewal_failure: Option<String>,
+    /// By how many seconds this machine's clock is ahead of the manager's, if that is much; negative if behind.
+    #[serde(default)]
+    pub(crate) clock_ahead_s: Option<i64>,
     /// Why nothing can be written down, if nothing can: no task is then taken.
     #[serde(default)]
     pub(crate) journal_trouble: Option<String>,
@@ -110,8 +126,11 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
         Err(error) => (Config::cautious(), Some(connection::chain(&error))),
     };
     let enrolled = Enrolled::load(&paths)?;
-    let control = Arc::new(enrolled.tls(ALPN_CONTROL).map_err(DaemonError::Tls)?);
-    let bulk = Arc::new(enrolled.tls(ALPN_BULK).map_err(DaemonError::Tls)?);
+    let time = KnownTime::unknown();
+    if let Some(offset_ms) = clock::last_known(&paths, &facts::boot_id()) {
+        time.set(offset_ms);
+    }
+    let links = Links::of(&enrolled, &time).map_err(DaemonError::Tls)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (tell, told) = mpsc::channel(TOLD);
@@ -123,6 +142,7 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         since: jiff::Timestamp::now().to_string(),
+        certificate_ends: ends(&enrolled),
         ..Status::default()
     };
     let mut agent = Agent {
@@ -140,8 +160,11 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
         paths,
         signer: signer(&enrolled),
         enrolled,
-        control,
-        bulk,
+        links,
+        time,
+        asked: None,
+        ask_after: None,
+        spread: rand::random(),
         tell,
         told,
         status,
@@ -240,11 +263,44 @@ struct Agent {
     paths: Paths,
     enrolled: Enrolled,
     signer: Option<Signer>,
-    control: Arc<rustls::ClientConfig>,
-    bulk: Arc<rustls::ClientConfig>,
+    links: Links,
+    /// What a manager said that the time is.
+    time: KnownTime,
+    /// The key whose certificate is awaited in this session.
+    asked: Option<renewal::Asked>,
+    /// When a refused renewal may be asked for again.
+    ask_after: Option<Instant>,
+    /// Where in the time for it this agent renews, from 0 to 1: a fleet's renewals spread.
+    spread: f64,
     tell: mpsc::Sender<Told>,
     told: mpsc::Receiver<Told>,
     status: Status,
+}
+
+/// The TLS of both kinds of link, with the present certificate.
+struct Links {
+    control: Arc<rustls::ClientConfig>,
+    bulk: Arc<rustls::ClientConfig>,
+}
+
+impl Links {
+    fn of(enrolled: &Enrolled, time: &KnownTime) -> Result<Self, rustls::Error> {
+        Ok(Self {
+            control: Arc::new(enrolled.tls(ALPN_CONTROL, time)?),
+            bulk: Arc::new(enrolled.tls(ALPN_BULK, time)?),
+        })
+    }
+}
+
+/// Why a certificate was not renewed.
+#[derive(Debug, thiserror::Error)]
+enum RenewalError {
+    #[error(transparent)]
+    Identity(#[from] crate::enroll::EnrollError),
+    #[error("TLS cannot be set up")]
+    Tls(#[from] rustls::Error),
+    #[error("the manager refused: {0}")]
+    Refused(String),
 }
 
 /// How a session ended.
@@ -262,6 +318,10 @@ impl Agent {
             for address in self.enrolled.addresses.clone() {
                 let before = self.desk.stored();
                 let ended = self.session(&address).await;
+                self.asked = None;
+                if ended.error.is_expired() && self.renew_late(&address).await {
+                    failures = 0;
+                }
                 // A session that brought something across was a good one, however short.
                 let was_good = self.welcomed_at.take().is_some_and(|at| at.elapsed() >= GOOD_SESSION);
                 if was_good || self.desk.stored() != before {
@@ -314,7 +374,7 @@ impl Agent {
     }
 
     async fn try_session(&mut self, address: &Address) -> Result<Ended, ConnectError> {
-        let opening = open_session(address.clone(), Arc::clone(&self.control), self.hello());
+        let opening = open_session(address.clone(), Arc::clone(&self.links.control), self.hello());
         let (mut link, mut buffer, welcome) = match self.meanwhile(opening).await? {
             Opened::Welcomed(session) => *session,
             Opened::SentAway(goodbye) => return Ok(Ended::goodbye(goodbye)),
@@ -347,6 +407,12 @@ impl Agent {
                         }
                         ToAgent::NoticesStored(stored) => {
                             self.handle(Event::NoticesStored { through: stored.through })
+                        }
+                        ToAgent::Renewed(renewed) => {
+                            if self.renewed(renewed) {
+                                return Err(ConnectError::Anew);
+                            }
+                            Vec::new()
                         }
                         ToAgent::Goodbye(goodbye) => return Ok(Ended::goodbye(goodbye)),
                         ToAgent::EnrollReply(_) => return Err(ConnectError::Protocol("an enrollment nobody asked for")),
@@ -387,9 +453,95 @@ impl Agent {
                 send(&mut link, Ping { nonce: rand::random() }.into()).await?;
                 next_ping = now + jittered(heartbeat);
             }
+            if let Some(request) = self.renewal_due() {
+                send(&mut link, request.into()).await?;
+            }
             if now >= last_look + INVENTORY {
                 last_look = now;
                 self.begin_look();
+            }
+        }
+    }
+
+    /// The request for the next certificate, when two thirds of the present one's time have passed by the manager's
+    /// clock. A task that runs may still fetch patterns with the present one; it is left to it unless time is short.
+    fn renewal_due(&mut self) -> Option<Renew> {
+        if self.asked.is_some() || self.ask_after.is_some_and(|at| Instant::now() < at) {
+            return None;
+        }
+        let now_ms = self.manager_offset_ms?.saturating_add(elapsed_ms(now()));
+        let (begin, end) = self.enrolled.validity_ms();
+        if !clock::is_renewal_due(now_ms, begin, end, self.spread, self.status.running_task.is_some()) {
+            return None;
+        }
+        self.ask_after = Some(Instant::now() + RENEWAL);
+        match renewal::Asked::new() {
+            Ok((asked, request)) => {
+                self.asked = Some(asked);
+                Some(request)
+            }
+            Err(error) => {
+                tracing::warn!("No new key can be made: {}.", connection::chain(&error));
+                None
+            }
+        }
+    }
+
+    /// Takes the next certificate in. `true` if the session has to begin anew with it.
+    fn renewed(&mut self, renewed: Renewed) -> bool {
+        let Some(asked) = self.asked.take() else { return false };
+        let installed = match renewed {
+            Renewed::Certified { certificate } => tokio::task::block_in_place(|| {
+                let enrolled = asked.install(&self.paths, &self.enrolled, certificate)?;
+                let links = Links::of(&enrolled, &self.time)?;
+                Ok::<_, RenewalError>((enrolled, links))
+            }),
+            Renewed::Refused(failure) => Err(RenewalError::Refused(escape_for_display(&failure.to_string()))),
+        };
+        match installed {
+            Ok((enrolled, links)) => {
+                tracing::info!("The certificate is renewed.");
+                self.signer = signer(&enrolled);
+                self.status.certificate_ends = ends(&enrolled);
+                self.status.renewal_failure = None;
+                self.enrolled = enrolled;
+                self.links = links;
+                self.ask_after = None;
+                true
+            }
+            Err(error) => {
+                let why = connection::chain(&error);
+                tracing::warn!("The certificate is not renewed: {why}.");
+                self.status.renewal_failure = Some(why);
+                self.write_status();
+                false
+            }
+        }
+    }
+
+    /// Renews a certificate that has ended. `true` if that went well.
+    async fn renew_late(&mut self, address: &Address) -> bool {
+        let config = match self.enrolled.tls(ALPN_RENEW, &self.time) {
+            Ok(config) => Arc::new(config),
+            Err(error) => {
+                tracing::warn!(%error, "A renewal cannot be set up.");
+                return false;
+            }
+        };
+        let (asked, request) = match renewal::Asked::new() {
+            Ok(asked) => asked,
+            Err(error) => {
+                tracing::warn!("No new key can be made: {}.", connection::chain(&error));
+                return false;
+            }
+        };
+        self.asked = Some(asked);
+        match self.meanwhile(renewal::ask_late(address.clone(), config, request)).await {
+            Ok(renewed) => self.renewed(renewed),
+            Err(error) => {
+                self.asked = None;
+                tracing::warn!(%address, "The ended certificate is not renewed: {}.", connection::chain(&error));
+                false
             }
         }
     }
@@ -412,6 +564,14 @@ impl Agent {
         tracing::info!(%address, manager = %welcome.manager, "Connected.");
         self.welcomed_at = Some(Instant::now());
         let offset_ms = welcome.clock_ms.saturating_sub(elapsed_ms(now()));
+        self.time.set(offset_ms);
+        self.watch_skew(welcome.clock_ms);
+        if let Err(error) = clock::keep(&self.paths, &facts::boot_id(), offset_ms, elapsed_ms(now())) {
+            tracing::warn!(%error, "Cannot keep the manager's time.");
+        }
+        if let Err(error) = renewal::forget_old(&self.paths) {
+            tracing::warn!(%error, "Cannot remove the replaced identity.");
+        }
         if self.manager_offset_ms.replace(offset_ms).is_none() {
             // Now it can be told what is too old.
             self.last_care = None;
@@ -421,6 +581,19 @@ impl Agent {
         self.write_status();
         if let Err(error) = self.enrolled.keep_addresses(&self.paths, welcome.addresses.clone()) {
             tracing::warn!(%error, "Cannot keep the managers' addresses.");
+        }
+    }
+
+    /// Says once that this machine's clock stands wrong.
+    fn watch_skew(&mut self, manager_ms: i64) {
+        let skew_s = now().unix_ms.saturating_sub(manager_ms) / 1000;
+        let was_wrong = self.status.clock_ahead_s.is_some();
+        let is_wrong = skew_s.unsigned_abs() > SKEW_S;
+        self.status.clock_ahead_s = is_wrong.then_some(skew_s);
+        if is_wrong && !was_wrong {
+            let message = format!("this machine's clock is {skew_s} s ahead of the manager's");
+            tracing::warn!("{message}.");
+            self.decide(Event::Notice { code: "clock-skew", message, count: 0 });
         }
     }
 
@@ -508,7 +681,7 @@ impl Agent {
         let context = Context {
             paths: self.paths.clone(),
             manager: manager.or_else(|| self.enrolled.addresses.first().cloned()),
-            bulk: Arc::clone(&self.bulk),
+            bulk: Arc::clone(&self.links.bulk),
             tell: self.tell.clone(),
             boot: self.desk.boot(),
             vault: self.config.vault,
@@ -566,6 +739,11 @@ impl Agent {
     }
 }
 
+/// When the certificate ends, for people.
+fn ends(enrolled: &Enrolled) -> String {
+    jiff::Timestamp::from_millisecond(enrolled.validity_ms().1).unwrap_or_default().to_string()
+}
+
 /// What signs receipts; a key of a kind that cannot leaves them unsigned.
 fn signer(enrolled: &Enrolled) -> Option<Signer> {
     match enrolled.signing_key() {
@@ -613,6 +791,7 @@ async fn open_session(
             | ToAgent::ReportStored(_)
             | ToAgent::NoticesStored(_)
             | ToAgent::EnrollReply(_)
+            | ToAgent::Renewed(_)
             | ToAgent::Cancel(_) => return Err(ConnectError::Protocol("a message before the welcome")),
         }
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tm_protocol::{
     ALPN_ENROLL,
     address::Address,
-    identity::Role,
+    identity::{Identity, Role},
     ids::{EndpointId, FleetId, Sha256},
     message::{EnrollReply, EnrollRequest, ToAgent, ToManager},
     token::EnrollmentToken,
@@ -26,7 +26,7 @@ use crate::{
     connection::{self, ConnectError},
     paths::{Paths, make_folder, replace, sync_folder},
     platform::facts,
-    tls::{self, Pin},
+    tls::{self, KnownTime, Pin},
 };
 
 /// How long the manager may take to answer.
@@ -78,6 +78,7 @@ impl Enrolled {
     pub(crate) fn load(paths: &Paths) -> Result<Self, EnrollError> {
         let folder = paths.identity();
         let shown = folder.display().to_string();
+        mend(paths).map_err(|source| EnrollError::Read { path: shown.clone(), source })?;
         let read = |name: &str| match fs::read(folder.join(name)) {
             Ok(bytes) => Ok(bytes),
             Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.exists() => {
@@ -103,9 +104,30 @@ impl Enrolled {
     }
 
     /// The TLS configuration for talking to our managers.
-    pub(crate) fn tls(&self, alpn: &[u8]) -> Result<rustls::ClientConfig, rustls::Error> {
-        let pin = Pin::Certificate(self.ca.clone(), self.fleet);
+    pub(crate) fn tls(&self, alpn: &[u8], time: &KnownTime) -> Result<rustls::ClientConfig, rustls::Error> {
+        let pin = Pin::Certificate(self.ca.clone(), self.fleet, time.clone());
         tls::client(pin, Some((vec![self.certificate.clone()], self.key.clone_key())), alpn)
+    }
+
+    /// When the certificate begins and ends, in milliseconds since 1970.
+    pub(crate) fn validity_ms(&self) -> (i64, i64) {
+        parse_x509_certificate(&self.certificate).map_or((0, 0), |(_, parsed)| {
+            let validity = parsed.validity();
+            let ms = |time: x509_parser::time::ASN1Time| time.timestamp().saturating_mul(1000);
+            (ms(validity.not_before), ms(validity.not_after))
+        })
+    }
+
+    /// Whether a certificate's name is this endpoint's.
+    pub(crate) fn is_named_by(&self, identity: &Identity) -> bool {
+        identity.role == Role::Endpoint(self.endpoint) && identity.fleet == self.fleet
+    }
+
+    /// Writes this identity, with another certificate and key, beside its place.
+    pub(crate) fn write_with(&self, paths: &Paths, certificate: &[u8], key: &[u8]) -> io::Result<()> {
+        let managers =
+            Managers { fleet: self.fleet, endpoint: self.endpoint, addresses: self.addresses.clone() };
+        write_beside(paths, &managers, certificate, &self.ca, key)
     }
 
     /// The key of the certificate, to sign receipts with.
@@ -149,7 +171,7 @@ pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<End
         }
         EnrollReply::Refused(failure) => return Err(EnrollError::Refused(failure)),
     };
-    let certificate = CertificateDer::from(certificate);
+    let certificate = certified(certificate, &key)?;
     let identity =
         tls::identity_of(&certificate).ok_or(EnrollError::Answer("the certificate names nobody"))?;
     if Sha256::of(&ca) != token.ca {
@@ -158,17 +180,23 @@ pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<End
     if identity.role != Role::Endpoint(endpoint) {
         return Err(EnrollError::Answer("the certificate is for somebody else"));
     }
-    let ours = parse_x509_certificate(&certificate).is_ok_and(|(_, parsed)| {
-        parsed.public_key().raw == rcgen::PublicKeyData::subject_public_key_info(&key).as_slice()
-    });
-    if !ours {
-        return Err(EnrollError::Answer("the certificate is for another key"));
-    }
     let addresses = if addresses.is_empty() { token.addresses.clone() } else { addresses };
     let managers = Managers { fleet: identity.fleet, endpoint, addresses };
     keep(paths, &managers, &certificate, &ca, &key.serialize_der())
         .map_err(|source| EnrollError::Keep { path: paths.identity().display().to_string(), source })?;
     Ok(endpoint)
+}
+
+/// A certificate that is one and for `key`.
+///
+/// # Errors
+/// If it is not.
+pub(crate) fn certified(der: Vec<u8>, key: &KeyPair) -> Result<CertificateDer<'static>, EnrollError> {
+    let certificate = CertificateDer::from(der);
+    let ours = parse_x509_certificate(&certificate).is_ok_and(|(_, parsed)| {
+        parsed.public_key().raw == rcgen::PublicKeyData::subject_public_key_info(key).as_slice()
+    });
+    if ours { Ok(certificate) } else { Err(EnrollError::Answer("the certificate is for another key")) }
 }
 
 /// Asks each address in turn; the first manager that answers decides.
@@ -208,12 +236,37 @@ async fn exchange(
         | ToAgent::Assign(_)
         | ToAgent::ReportStored(_)
         | ToAgent::NoticesStored(_)
+        | ToAgent::Renewed(_)
         | ToAgent::Cancel(_) => Err(ConnectError::Protocol("an answer that was not asked for")),
     }
 }
 
+/// Puts an identity back that an exchange moved away before it was cut.
+///
+/// # Errors
+/// If the disk does not let it.
+pub(crate) fn mend(paths: &Paths) -> io::Result<()> {
+    if paths.old_identity().exists() && !paths.identity().exists() {
+        fs::rename(paths.old_identity(), paths.identity())?;
+        sync_folder(paths.root())?;
+    }
+    Ok(())
+}
+
 fn keep(paths: &Paths, managers: &Managers, certificate: &[u8], ca: &[u8], key: &[u8]) -> io::Result<()> {
     make_folder(paths.root())?;
+    write_beside(paths, managers, certificate, ca, key)?;
+    fs::rename(paths.new_identity(), paths.identity())?;
+    sync_folder(paths.root())
+}
+
+fn write_beside(
+    paths: &Paths,
+    managers: &Managers,
+    certificate: &[u8],
+    ca: &[u8],
+    key: &[u8],
+) -> io::Result<()> {
     let new = paths.new_identity();
     if new.exists() {
         fs::remove_dir_all(&new)?;
@@ -222,7 +275,5 @@ fn keep(paths: &Paths, managers: &Managers, certificate: &[u8], ca: &[u8], key: 
     replace(&new.join("key.der"), key)?;
     replace(&new.join("certificate.der"), certificate)?;
     replace(&new.join("ca.der"), ca)?;
-    replace(&new.join("managers.json"), &serde_json::to_vec_pretty(managers)?)?;
-    fs::rename(&new, paths.identity())?;
-    sync_folder(paths.root())
+    replace(&new.join("managers.json"), &serde_json::to_vec_pretty(managers)?)
 }

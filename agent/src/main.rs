@@ -2,6 +2,7 @@
 
 mod cleanup;
 mod cli;
+mod clock;
 mod config;
 mod connection;
 mod daemon;
@@ -11,6 +12,7 @@ mod local;
 mod paths;
 mod platform;
 mod records;
+mod renewal;
 mod scan;
 mod tasks;
 mod tls;

@@ -40,6 +40,16 @@ impl Paths {
         self.root.join("identity.new")
     }
 
+    /// The identity that a renewed one has replaced, until a manager has welcomed the new.
+    pub(crate) fn old_identity(&self) -> PathBuf {
+        self.root.join("identity.old")
+    }
+
+    /// What a manager last said that the time is.
+    pub(crate) fn clock(&self) -> PathBuf {
+        self.root.join("clock.json")
+    }
+
     /// Settings, if there are any.
     pub(crate) fn config(&self) -> PathBuf {
         self.root.join("agent.toml")

@@ -3,7 +3,13 @@
 //! **Invariant:** a manager is one whose certificate chains to the pinned CA, is good for servers, and names
 //! a manager of our fleet. Its host name says nothing: names and addresses change.
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error as TlsError,
@@ -31,7 +37,33 @@ pub(crate) enum Pin {
     /// Before enrollment: by its digest; it must be in the chain that the manager shows.
     Digest(Sha256),
     /// Afterwards: the certificate itself, and the fleet it speaks for.
-    Certificate(CertificateDer<'static>, FleetId),
+    Certificate(CertificateDer<'static>, FleetId, KnownTime),
+}
+
+/// What a manager said that the time is: wall time less elapsed time, in milliseconds. A clock that stands wrong
+/// must not cut an endpoint off; what judges certificates is therefore not the clock alone.
+#[derive(Debug, Clone)]
+pub(crate) struct KnownTime(Arc<AtomicI64>);
+
+impl KnownTime {
+    /// Nothing is known.
+    pub(crate) fn unknown() -> Self {
+        Self(Arc::new(AtomicI64::new(i64::MIN)))
+    }
+
+    /// Notes what is known, for every configuration that shares it.
+    pub(crate) fn set(&self, offset_ms: i64) {
+        self.0.store(offset_ms, Ordering::Relaxed);
+    }
+
+    /// The time by it, where something is known.
+    fn now(&self) -> Option<UnixTime> {
+        let offset_ms = self.0.load(Ordering::Relaxed);
+        let elapsed = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let elapsed_ms = i64::try_from(Duration::try_from(elapsed).ok()?.as_millis()).ok()?;
+        let now_ms = u64::try_from(offset_ms.checked_add(elapsed_ms)?).ok()?;
+        Some(UnixTime::since_unix_epoch(Duration::from_millis(now_ms)))
+    }
 }
 
 #[derive(Debug)]
@@ -82,17 +114,24 @@ impl ServerCertVerifier for ManagerVerifier {
                 .find(|c| Sha256::of(c.as_ref()) == *digest)
                 .cloned()
                 .ok_or_else(unknown)?,
-            Pin::Certificate(ca, _) => ca.clone(),
+            Pin::Certificate(ca, ..) => ca.clone(),
         };
         let mut roots = RootCertStore::empty();
         roots.add(ca).map_err(|_| unknown())?;
         let certificate = ParsedCertificate::try_from(end_entity)?;
-        verify_server_cert_signed_by_trust_anchor(&certificate, &roots, &[], now, self.algorithms.all)?;
+        let known = match &self.pin {
+            Pin::Digest(_) => None,
+            Pin::Certificate(_, _, time) => time.now(),
+        };
+        let verify = |at: UnixTime| {
+            verify_server_cert_signed_by_trust_anchor(&certificate, &roots, &[], at, self.algorithms.all)
+        };
+        judge(verify, now, known, begins(end_entity), built())?;
         let wrong = || TlsError::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
         let identity = identity_of(end_entity).ok_or_else(wrong)?;
         let ours = match &self.pin {
             Pin::Digest(_) => true,
-            Pin::Certificate(_, fleet) => identity.fleet == *fleet,
+            Pin::Certificate(_, fleet, _) => identity.fleet == *fleet,
         };
         match identity.role {
             Role::Manager(_) if ours => Ok(ServerCertVerified::assertion()),
@@ -127,6 +166,47 @@ impl ServerCertVerifier for ManagerVerifier {
     }
 }
 
+/// When a certificate begins.
+fn begins(certificate: &CertificateDer<'_>) -> Option<UnixTime> {
+    let (_, parsed) = parse_x509_certificate(certificate.as_ref()).ok()?;
+    let seconds = u64::try_from(parsed.validity().not_before.timestamp()).ok()?;
+    Some(UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
+}
+
+/// When this program was built.
+fn built() -> UnixTime {
+    let seconds = env!("TM_BUILT_S").parse().unwrap_or(0);
+    UnixTime::since_unix_epoch(Duration::from_secs(seconds))
+}
+
+/// Verifies at the system's time, which is at least when this program was `built`, what a manager said, and when the
+/// certificate began: our authority signs nothing ahead of its time, so that its signature shows that that moment
+/// has passed. If that makes it an ended one, what a manager said decides.
+fn judge(
+    verify: impl Fn(UnixTime) -> Result<(), TlsError>,
+    system: UnixTime,
+    known: Option<UnixTime>,
+    begins: Option<UnixTime>,
+    built: UnixTime,
+) -> Result<(), TlsError> {
+    let at_least = |a: UnixTime, b: Option<UnixTime>| {
+        UnixTime::since_unix_epoch(Duration::from_secs(a.as_secs().max(b.map_or(0, |b| b.as_secs()))))
+    };
+    let first = at_least(at_least(at_least(system, Some(built)), known), begins);
+    match verify(first) {
+        Err(TlsError::InvalidCertificate(
+            CertificateError::Expired | CertificateError::ExpiredContext { .. },
+        )) if known.is_some_and(|known| known.as_secs() < first.as_secs()) => {
+            let known = known.map_or(first, |known| at_least(known, begins));
+            tracing::warn!(
+                "By this machine's clock the manager's certificate has ended; by the manager's it has not."
+            );
+            verify(known)
+        }
+        done => done,
+    }
+}
+
 /// The one URI in a certificate's subject alternative name; `None` if there is not exactly one of ours.
 pub(crate) fn identity_of(certificate: &CertificateDer<'_>) -> Option<Identity> {
     let (_, parsed) = parse_x509_certificate(certificate.as_ref()).ok()?;
@@ -138,4 +218,41 @@ pub(crate) fn identity_of(certificate: &CertificateDer<'_>) -> Option<Identity> 
         .filter_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None });
     let identity = uris.next()?.parse().ok()?;
     uris.next().is_none().then_some(identity)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_clock_that_stands_wrong_makes_a_good_certificate_bad() {
+        const DAY: u64 = 86_400;
+        let (begin, end) = (1000 * DAY, 1090 * DAY);
+        let verify = |at: UnixTime| match at.as_secs() {
+            at if at < begin => Err(TlsError::InvalidCertificate(CertificateError::NotValidYet)),
+            at if at > end => Err(TlsError::InvalidCertificate(CertificateError::Expired)),
+            _ => Ok(()),
+        };
+        let day = |day: u64| UnixTime::since_unix_epoch(Duration::from_secs(day * DAY));
+        for (system, known, good) in [
+            (1010, None, true),
+            (1010, Some(1009), true),
+            // Behind: at the factory's date, or where the manager's time is all there is.
+            (0, None, true),
+            (0, Some(1030), true),
+            // Ahead: only what a manager said helps.
+            (1500, None, false),
+            (1500, Some(1030), true),
+            // It has ended by all there is.
+            (1500, Some(1100), false),
+            (1010, Some(1100), false),
+        ] {
+            let judged = judge(verify, day(system), known.map(day), Some(day(1000)), day(900));
+            assert_eq!(judged.is_ok(), good, "{system} {known:?}");
+        }
+        // A clock that stands before this program was made cannot bring an ended certificate back.
+        assert!(judge(verify, day(1050), None, Some(day(1000)), day(1100)).is_err());
+        assert!(judge(verify, day(1050), None, Some(day(1000)), day(1080)).is_ok());
+        assert!(built() > day(20_000), "the date of the build is known");
+    }
 }

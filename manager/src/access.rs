@@ -13,6 +13,10 @@ pub(crate) enum Permission {
     ReadVersion,
     ReadEndpoints,
     ChangeEndpoints,
+    /// Shut an agent out for ever.
+    RevokeEndpoints,
+    /// Remove what is known about a revoked endpoint.
+    ForgetEndpoints,
     ReadTasks,
     OrderTasks,
     CancelTasks,
@@ -47,6 +51,7 @@ pub(crate) const fn allows(role: Role, permission: Permission) -> bool {
             Role::Administrator | Role::Operator | Role::Viewer => true,
         },
         Permission::ChangeEndpoints
+        | Permission::RevokeEndpoints
         | Permission::OrderTasks
         | Permission::CancelTasks
         | Permission::OrderCleanup
@@ -57,7 +62,10 @@ pub(crate) const fn allows(role: Role, permission: Permission) -> bool {
             Role::Administrator | Role::Operator => true,
             Role::Viewer => false,
         },
-        Permission::ChangeTokens | Permission::ReadAccounts | Permission::ChangeAccounts => match role {
+        Permission::ForgetEndpoints
+        | Permission::ChangeTokens
+        | Permission::ReadAccounts
+        | Permission::ChangeAccounts => match role {
             Role::Administrator => true,
             Role::Operator | Role::Viewer => false,
         },
@@ -89,6 +97,8 @@ mod tests {
             (Permission::ReadVersion, [true, true, true]),
             (Permission::ReadEndpoints, [true, true, true]),
             (Permission::ChangeEndpoints, [true, true, false]),
+            (Permission::RevokeEndpoints, [true, true, false]),
+            (Permission::ForgetEndpoints, [true, false, false]),
             (Permission::ReadTasks, [true, true, true]),
             (Permission::OrderTasks, [true, true, false]),
             (Permission::CancelTasks, [true, true, false]),

@@ -176,7 +176,8 @@ fn serve(data: &Path) -> anyhow::Result<()> {
 
 fn check(data: &Path) -> anyhow::Result<()> {
     let config = load(data)?;
-    Authority::load(&data.join("ca")).context("the certificate authority cannot be used")?;
+    Authority::load(&data.join("ca"), config.certificate_life)
+        .context("the certificate authority cannot be used")?;
     let _ = writeln!(
         io::stdout(),
         "The configuration is right: agents connect to {}, administrators to {}.\n{}",

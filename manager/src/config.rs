@@ -5,7 +5,12 @@ use std::{fs, io, net::SocketAddr, path::Path, time::Duration};
 use serde::Deserialize;
 use tm_protocol::address::Address;
 
-use super::limits::{self, Limits, RawLimits};
+use super::{
+    agents::ca::DEFAULT_LIFE,
+    limits::{self, Limits, RawLimits},
+};
+
+const DAY_S: u64 = 86_400;
 
 /// What a manager runs with.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +24,8 @@ pub(crate) struct Config {
     /// and a dead link is to be seen within a minute).
     pub(crate) heartbeat: Duration,
     pub(crate) log: String,
+    /// How long a certificate is good for, 10 s to 825 days.
+    pub(crate) certificate_life: Duration,
     pub(crate) limits: Limits,
 }
 
@@ -33,6 +40,8 @@ struct Raw {
     heartbeat: String,
     #[serde(default = "default_log")]
     log: String,
+    #[serde(default = "default_life")]
+    certificate_life: String,
     #[serde(default)]
     limits: RawLimits,
 }
@@ -97,6 +106,9 @@ impl TryFrom<Raw> for Config {
         let heartbeat = duration(&raw.heartbeat)
             .filter(|d| (Duration::from_millis(200)..=Duration::from_secs(27)).contains(d))
             .ok_or_else(|| value("heartbeat", &raw.heartbeat, "a time from `200ms` to `27s`"))?;
+        let certificate_life = duration(&raw.certificate_life)
+            .filter(|d| (Duration::from_secs(10)..=Duration::from_secs(825 * DAY_S)).contains(d))
+            .ok_or_else(|| value("certificate_life", &raw.certificate_life, "a time from `10s` to `825d`"))?;
         Ok(Self {
             agent_listen: socket("agent_listen", &raw.agent_listen)?,
             admin_listen: socket("admin_listen", &raw.admin_listen)?,
@@ -104,6 +116,7 @@ impl TryFrom<Raw> for Config {
             database: raw.database,
             heartbeat,
             log: raw.log,
+            certificate_life,
             limits: raw.limits.try_into()?,
         })
     }
@@ -122,6 +135,10 @@ fn default_heartbeat() -> String {
     "25s".to_owned()
 }
 
+fn default_life() -> String {
+    format!("{}d", DEFAULT_LIFE.as_secs() / DAY_S)
+}
+
 fn default_log() -> String {
     "info".to_owned()
 }
@@ -133,6 +150,8 @@ fn duration(text: &str) -> Option<Duration> {
     match unit {
         "ms" => Some(Duration::from_millis(number)),
         "s" => Some(Duration::from_secs(number)),
+        "h" => Some(Duration::from_secs(number.checked_mul(3600)?)),
+        "d" => Some(Duration::from_secs(number.checked_mul(DAY_S)?)),
         _ => None,
     }
 }
@@ -166,6 +185,9 @@ public_names = [{names}]
 # How often agents and manager ask each other "are you there?".
 heartbeat = "25s"
 
+# How long a certificate is good for. Agents renew theirs, with a new key, after two thirds of that time.
+certificate_life = "90d"
+
 # What is logged: error, warn, info, debug, trace, or a tracing filter.
 log = "info"
 
@@ -193,8 +215,8 @@ mod tests {
         );
         let config = Config::try_from(toml::from_str::<Raw>(&text).unwrap()).unwrap();
         assert_eq!(
-            (config.heartbeat, config.log.as_str(), config.database.clone()),
-            (Duration::from_secs(25), "info", None)
+            (config.heartbeat, config.log.as_str(), config.database.clone(), config.certificate_life),
+            (Duration::from_secs(25), "info", None, Duration::from_secs(90 * DAY_S))
         );
         let addresses: Vec<String> = config.addresses().iter().map(ToString::to_string).collect();
         assert_eq!(addresses, ["m.example:4433", "[2001:db8::1]:4433", "f.example:9", "[::1]:8"]);
@@ -207,6 +229,9 @@ mod tests {
         let good = render("[::]:1".parse().unwrap(), "[::]:2".parse().unwrap(), &[], None);
         for (from, to) in [
             ("25s", "60s"),
+            ("90d", "9s"),
+            ("90d", "826d"),
+            ("90d", "99999999999999999d"),
             ("[::]:1", "nowhere"),
             ("log =", "logg ="),
             ("names = []", "names = [\"m:0\"]"),

@@ -48,13 +48,16 @@ const ADMIN_PATIENCE: Duration = Duration::from_secs(10);
 /// Runs the manager until it is told to end.
 pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     raise_descriptor_limit();
-    let authority =
-        Arc::new(Authority::load(&data.join("ca")).context("cannot load the certificate authority")?);
+    let authority = Authority::load(&data.join("ca"), config.certificate_life)
+        .context("cannot load the certificate authority")?;
+    let authority = Arc::new(authority);
     let url = config.database.clone().unwrap_or_else(|| cli::default_database(data));
     let store = Store::open(&url).await?;
     let blobs = Blobs::open(data.join("patterns")).context("cannot open the patterns' folder")?;
     store.forget_sessions(authority.manager).await?;
-    let (agent_tls, admin_tls) = tls::configure(&authority, &config.hosts()).context("cannot set up TLS")?;
+    let shown =
+        Arc::new(tls::Shown::new(Arc::clone(&authority), config.hosts()).context("cannot set up TLS")?);
+    let (agent_tls, admin_tls) = tls::configure(&authority, &shown).context("cannot set up TLS")?;
     let agents = TcpListener::bind(config.agent_listen)
         .await
         .with_context(|| format!("cannot listen for agents on {}", config.agent_listen))?;
@@ -71,6 +74,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         intake: Intake::start(store.clone(), &config.limits, ending.clone()),
         registry: registry.clone(),
         meters: Meters::new(config.limits),
+        authority: Arc::clone(&authority),
         manager: authority.manager,
         addresses: config.addresses(),
         heartbeat: config.heartbeat,
@@ -86,11 +90,13 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         fleet: authority.fleet,
         worker: WorkerProgram::this(),
     });
-    let port = Port { tls: agent_tls, authority, blobs, guard: Guard::default(), shared };
+    let manager = authority.manager;
+    let port = Port { tls: agent_tls, blobs, guard: Guard::default(), shared };
     loops.spawn(listener::run(agents, port));
     loops.spawn(serve_admins(admins, admin_tls, router, ending.clone()));
+    loops.spawn(tls::keep_fresh(shown, ending.clone()));
     loops.spawn(dispatch::run(store.clone(), registry.clone(), nudge, ending.clone()));
-    loops.spawn(dispatch::sweep(store.clone(), registry.clone(), ending.clone()));
+    loops.spawn(dispatch::sweep(store.clone(), registry.clone(), manager, ending.clone()));
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(agents = %config.agent_listen, administrators = %config.admin_listen, "The manager runs.");
 

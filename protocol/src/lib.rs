@@ -28,5 +28,7 @@ pub const VERSION: u8 = 1;
 pub const ALPN_CONTROL: &[u8] = b"tm/1";
 /// ALPN name of the one exchange that has no client certificate.
 pub const ALPN_ENROLL: &[u8] = b"tm-enroll/1";
+/// ALPN name of the one exchange that a certificate which has ended is still good for, for a while: its renewal.
+pub const ALPN_RENEW: &[u8] = b"tm-renew/1";
 /// ALPN name of bulk transfers (client certificate required).
 pub const ALPN_BULK: &[u8] = b"http/1.1";

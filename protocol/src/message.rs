@@ -78,6 +78,7 @@ messages! {
         6 Progress <= 8 * KIB;
         7 EnrollRequest <= 16 * KIB;
         8 Notices <= 64 * KIB;
+        9 Renew <= 16 * KIB;
     }
 }
 
@@ -93,6 +94,7 @@ messages! {
         107 EnrollReply <= 32 * KIB;
         108 Cancel <= 64;
         109 NoticesStored <= 64;
+        110 Renewed <= 32 * KIB;
     }
 }
 
@@ -278,6 +280,25 @@ pub enum ReportBody {
         /// How many besides this one.
         count: u64,
     },
+}
+
+/// The agent wants a certificate for a new key, in the place of the one that it is known by on this link.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Renew {
+    /// A certificate request (PKCS #10, DER). Only its key is taken from it.
+    pub csr: Vec<u8>,
+}
+
+/// The answer to [`Renew`].
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Renewed {
+    /// The key is certified. The older certificate is good until this one is used for the first time.
+    Certified {
+        /// DER.
+        certificate: Vec<u8>,
+    },
+    /// It is not; the older certificate stays what it is.
+    Refused(Failure),
 }
 
 /// How a task ended. Variants are only ever added at the end.

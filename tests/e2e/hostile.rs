@@ -82,7 +82,8 @@ fn the_fleets_own_signature_does_not_excuse_an_expired_or_misused_certificate() 
     let store = lab.manager_data().join("manager.db");
     for serial in 0x41..0x46u8 {
         let sql = format!(
-            "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms) VALUES ('{serial:02x}', '{}', 0, 0)",
+            "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms, used_ms)
+             VALUES ('{serial:02x}', '{}', 0, 0, 1)",
             victim.id
         );
         let done = Command::new("sqlite3").args(["-cmd", ".timeout 5000"]).arg(&store).arg(sql).status();

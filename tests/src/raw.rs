@@ -207,6 +207,22 @@ impl Raw {
         }
     }
 
+    /// Why the peer closes: the error's text, empty if it was closed politely.
+    ///
+    /// # Errors
+    /// If nothing comes in time.
+    pub fn ending(&mut self) -> io::Result<String> {
+        let mut chunk = [0; 4096];
+        loop {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Ok(String::new()),
+                Ok(_) => {}
+                Err(error) if is_patience(&error) => return Err(error),
+                Err(error) => return Ok(error.to_string()),
+            }
+        }
+    }
+
     /// Whether the peer closes (politely or not) before `patience` is over, whatever it still says.
     ///
     /// # Panics

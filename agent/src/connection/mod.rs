@@ -51,6 +51,13 @@ pub(crate) enum ConnectError {
 }
 
 impl ConnectError {
+    /// Whether the manager refuses our certificate because it has ended.
+    pub(crate) fn is_expired(&self) -> bool {
+        let (Self::Handshake(error) | Self::Broken(error)) = self else { return false };
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+        matches!(cause, Some(rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired)))
+    }
+
     /// What programs compare.
     pub(crate) fn code(&self) -> &'static str {
         match self {

@@ -316,6 +316,7 @@ impl World {
             | ToManager::Ping(_)
             | ToManager::Pong(_)
             | ToManager::Progress(_)
+            | ToManager::Renew(_)
             | ToManager::EnrollRequest(_) => panic!("nothing of the desk's"),
         }
         self.manager.stored.insert(stream, (reports, notices));

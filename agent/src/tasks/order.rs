@@ -25,6 +25,7 @@ pub(super) fn decode_order(frame: &[u8]) -> Option<Assign> {
         | ToAgent::ReportStored(_)
         | ToAgent::Goodbye(_)
         | ToAgent::EnrollReply(_)
+        | ToAgent::Renewed(_)
         | ToAgent::Cancel(_)
         | ToAgent::NoticesStored(_) => None,
     }

@@ -133,6 +133,7 @@ impl Bench {
                         | ToManager::Ping(_)
                         | ToManager::Pong(_)
                         | ToManager::Progress(_)
+                        | ToManager::Renew(_)
                         | ToManager::EnrollRequest(_) => panic!("nothing of the desk's"),
                     }
                 }

@@ -64,6 +64,9 @@ pub struct EndpointView {
     pub patterns: Vec<String>,
     /// When it was enrolled.
     pub enrolled_at: String,
+    /// When its agent was shut out for ever, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked_at: Option<String>,
     /// When the manager last heard of it.
     pub last_seen_at: Option<String>,
     /// Why its agent last failed to connect, as the agent said afterwards.
@@ -110,4 +113,13 @@ pub struct InventoryView {
 pub struct SetGroup {
     /// 1 to 64 characters: letters, digits, `.`, `-`, `_`. An endpoint is in exactly one group.
     pub group: String,
+}
+
+/// `POST /v1/endpoints/{target}/revoke`: shuts the agent out for ever.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Revoke {
+    /// Why, for the audit log; at most 1024 bytes.
+    #[serde(default)]
+    pub reason: String,
 }

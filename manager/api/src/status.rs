@@ -18,12 +18,20 @@ pub enum Query {
     Disconnected,
     /// Have an agent, which is away.
     AgentInstalled,
+    /// Have none, or one that was revoked.
+    Agentless,
 }
 
 impl Query {
     /// Every query, in the order of the overview.
-    pub const ALL: [Self; 5] =
-        [Self::NeedsCleanup, Self::Unresolved, Self::Connected, Self::Disconnected, Self::AgentInstalled];
+    pub const ALL: [Self; 6] = [
+        Self::NeedsCleanup,
+        Self::Unresolved,
+        Self::Connected,
+        Self::Disconnected,
+        Self::AgentInstalled,
+        Self::Agentless,
+    ];
 
     /// Its name.
     pub const fn word(self) -> &'static str {
@@ -33,6 +41,7 @@ impl Query {
             Self::Connected => "connected",
             Self::Disconnected => "disconnected",
             Self::AgentInstalled => "agent-installed",
+            Self::Agentless => "agentless",
         }
     }
 

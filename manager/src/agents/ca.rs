@@ -4,7 +4,7 @@
 //! replaced by exactly one URI. No certificate of ours may sign another (path length 0).
 
 use std::{
-    fs,
+    fmt, fs,
     io::{self, Write as _},
     net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -24,11 +24,14 @@ use tm_protocol::{
 };
 use uuid::Uuid;
 
-/// How long a leaf certificate is good for.
-const LEAF: Duration = Duration::from_secs(90 * 86_400);
+use crate::store::certificates::NewCertificate;
+
+/// How long a certificate is good for, unless the configuration says otherwise.
+pub(crate) const DEFAULT_LIFE: Duration = Duration::from_secs(90 * 86_400);
 /// How long the authority itself is.
 const ROOT: Duration = Duration::from_secs(3650 * 86_400);
-/// Certificates begin this long before now, for endpoints whose clocks are behind.
+/// Certificates begin this long before now, for endpoints whose clocks are behind, or a tenth of their life if
+/// that is less.
 const BACKDATED: Duration = Duration::from_secs(3600);
 
 /// Why there is no certificate.
@@ -48,6 +51,8 @@ pub(crate) enum CaError {
 pub(crate) struct Authority {
     pub(crate) fleet: FleetId,
     pub(crate) manager: ManagerId,
+    /// How long the certificates that it signs are good for.
+    life: Duration,
     certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -61,6 +66,19 @@ pub(crate) struct Issued {
     pub(crate) not_after_ms: i64,
     /// SubjectPublicKeyInfo (DER).
     pub(crate) public_key: Vec<u8>,
+}
+
+impl Issued {
+    /// What the store keeps of it.
+    pub(crate) fn row(&self) -> NewCertificate<'_> {
+        NewCertificate { serial: &self.serial, not_after_ms: self.not_after_ms, public_key: &self.public_key }
+    }
+}
+
+impl fmt::Debug for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Authority").field("fleet", &self.fleet).finish_non_exhaustive()
+    }
 }
 
 impl Authority {
@@ -85,11 +103,11 @@ impl Authority {
             serde_json::json!({ "fleet": fleet, "manager": manager }).to_string().as_bytes(),
         )
         .map_err(file)?;
-        Self::load(folder)
+        Self::load(folder, DEFAULT_LIFE)
     }
 
-    /// Reads the authority that [`Authority::create`] made.
-    pub(crate) fn load(folder: &Path) -> Result<Self, CaError> {
+    /// Reads the authority that [`Authority::create`] made. What it signs is good for `life`.
+    pub(crate) fn load(folder: &Path, life: Duration) -> Result<Self, CaError> {
         #[derive(serde::Deserialize)]
         struct Ids {
             fleet: FleetId,
@@ -104,12 +122,17 @@ impl Authority {
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(read("key.der")?));
         let key = KeyPair::try_from(&key).map_err(|_| CaError::Damaged)?;
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|_| CaError::Damaged)?;
-        Ok(Self { fleet: ids.fleet, manager: ids.manager, certificate, issuer })
+        Ok(Self { fleet: ids.fleet, manager: ids.manager, life, certificate, issuer })
     }
 
     /// The authority's certificate.
     pub(crate) fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
+    }
+
+    /// How long what it signs is good for.
+    pub(crate) const fn life(&self) -> Duration {
+        self.life
     }
 
     /// Its digest, as tokens and profiles name it.
@@ -143,7 +166,7 @@ impl Authority {
         let serial =
             request.params.serial_number.as_ref().map(|s| hex::encode(s.to_bytes())).unwrap_or_default();
         let certificate = request.signed_by(&self.issuer).map_err(CaError::Sign)?;
-        let not_after = SystemTime::now() + LEAF;
+        let not_after = SystemTime::now() + self.life;
         let not_after = not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Issued {
             public_key: request.public_key.subject_public_key_info(),
@@ -168,14 +191,14 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![purpose];
         params.is_ca = IsCa::ExplicitNoCa;
-        set_times(&mut params, LEAF);
+        set_times(&mut params, self.life);
         Ok(params)
     }
 }
 
 fn set_times(params: &mut CertificateParams, length: Duration) {
     let now = SystemTime::now();
-    params.not_before = (now - BACKDATED).into();
+    params.not_before = (now - BACKDATED.min(length / 10)).into();
     params.not_after = (now + length).into();
 }
 

@@ -19,7 +19,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::{LinkError, ca::Authority, now_ms, read, session::Shared, write};
+use super::{LinkError, now_ms, read, session::Shared, write};
 use crate::store::enrollments::{NewEndpoint, TokenRefusal};
 
 /// How long the request may take to arrive.
@@ -62,7 +62,6 @@ impl Guard {
 pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
     link: &mut L,
     from: IpAddr,
-    authority: &Authority,
     guard: &Guard,
     shared: &Shared,
 ) -> Result<(), LinkError> {
@@ -75,12 +74,13 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
         | ToManager::Pong(_)
         | ToManager::Report(_)
         | ToManager::Notices(_)
-        | ToManager::Progress(_) => return Err(LinkError::Protocol("no enrollment request")),
+        | ToManager::Progress(_)
+        | ToManager::Renew(_) => return Err(LinkError::Protocol("no enrollment request")),
     };
     let reply = if guard.is_blocked(from, Instant::now()) {
         refuse("too-many", "too many failed attempts from this address; try again in a minute")
     } else {
-        let reply = decide(&request, authority, shared).await?;
+        let reply = decide(&request, shared).await?;
         if matches!(reply, EnrollReply::Refused(_)) {
             guard.failed(from, Instant::now());
         }
@@ -92,25 +92,19 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
     write(link, &reply.into()).await
 }
 
-async fn decide(
-    request: &EnrollRequest,
-    authority: &Authority,
-    shared: &Shared,
-) -> Result<EnrollReply, LinkError> {
+async fn decide(request: &EnrollRequest, shared: &Shared) -> Result<EnrollReply, LinkError> {
     if request.host.len() > 256 || request.agent_version.len() > 64 {
         return Ok(refuse("invalid", "the request is too long"));
     }
     let endpoint = EndpointId::new(Uuid::now_v7());
-    let Ok(issued) = authority.certify(endpoint, &request.csr) else {
+    let Ok(issued) = shared.authority.certify(endpoint, &request.csr) else {
         return Ok(refuse("csr-invalid", "the certificate request is not one"));
     };
     let new = NewEndpoint {
         id: endpoint,
         host: &request.host,
         agent_version: &request.agent_version,
-        serial: &issued.serial,
-        not_after_ms: issued.not_after_ms,
-        public_key: &issued.public_key,
+        certificate: issued.row(),
     };
     let used =
         shared.store.use_token(Sha256::of(&request.secret), new, now_ms()).await.map_err(LinkError::Store)?;
@@ -118,7 +112,7 @@ async fn decide(
         Ok(()) => EnrollReply::Enrolled {
             endpoint,
             certificate: issued.der,
-            ca: authority.certificate().to_vec(),
+            ca: shared.authority.certificate().to_vec(),
             addresses: shared.addresses.clone(),
         },
         Err(TokenRefusal::Unknown) => refuse("token-unknown", "this manager knows no such enrollment token"),

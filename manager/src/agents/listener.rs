@@ -6,7 +6,7 @@
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::server::Acceptor;
-use tm_protocol::{ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL, ids::EndpointId};
+use tm_protocol::{ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL, ALPN_RENEW, ids::EndpointId};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -16,8 +16,8 @@ use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 
 use super::{
     LinkError, bulk,
-    ca::Authority,
     enrollment::{self, Guard},
+    now_ms, renewal,
     session::{self, Shared},
     tls::{AgentTls, Peer, peer},
 };
@@ -34,7 +34,6 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(crate) struct Port {
     pub(crate) tls: AgentTls,
-    pub(crate) authority: Arc<Authority>,
     pub(crate) blobs: Blobs,
     pub(crate) guard: Guard,
     pub(crate) shared: Shared,
@@ -75,6 +74,7 @@ enum Greeted {
     Control(Box<TlsStream<TcpStream>>),
     Bulk(Box<TlsStream<TcpStream>>),
     Enroll(Box<TlsStream<TcpStream>>),
+    Renew(Box<TlsStream<TcpStream>>),
 }
 
 async fn greet(stream: TcpStream, port: &Port) -> io::Result<Greeted> {
@@ -90,6 +90,8 @@ async fn greet(stream: TcpStream, port: &Port) -> io::Result<Greeted> {
         Ok(Greeted::Bulk(Box::new(start.into_stream(Arc::clone(&port.tls.bulk)).await?)))
     } else if offers(ALPN_ENROLL) {
         Ok(Greeted::Enroll(Box::new(start.into_stream(Arc::clone(&port.tls.enroll)).await?)))
+    } else if offers(ALPN_RENEW) {
+        Ok(Greeted::Renew(Box::new(start.into_stream(Arc::clone(&port.tls.renew)).await?)))
     } else {
         Err(io::Error::other("it names no protocol of ours"))
     }
@@ -98,7 +100,17 @@ async fn greet(stream: TcpStream, port: &Port) -> io::Result<Greeted> {
 async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSemaphorePermit, port: &Port) {
     match greeted {
         Greeted::Control(mut link) => {
-            let Some(peer) = judge(&link, port).await else { return };
+            let peer = match judge(&link, port).await {
+                Judged::Good(peer) => peer,
+                // It is told, so that whoever looks at the endpoint sees why it stays away.
+                Judged::Revoked => {
+                    session::shut_out(&mut *link).await;
+                    let _ =
+                        timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
+                    return;
+                }
+                Judged::Bad => return,
+            };
             drop(permit);
             let error = session::run(&mut *link, peer.endpoint, &port.shared).await;
             log_end(peer.endpoint, &error, port);
@@ -106,16 +118,30 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
         }
         Greeted::Bulk(link) => {
-            if judge(&link, port).await.is_some() {
+            if let Judged::Good(_) = judge(&link, port).await {
                 drop(permit);
                 bulk::run(*link, port.blobs.clone()).await;
             }
         }
         Greeted::Enroll(mut link) => {
-            let done =
-                enrollment::run(&mut *link, from.ip(), &port.authority, &port.guard, &port.shared).await;
+            let done = enrollment::run(&mut *link, from.ip(), &port.guard, &port.shared).await;
             if let Err(error) = done {
                 tracing::debug!(%from, %error, "An enrollment ended.");
+            }
+            let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
+            drop(permit);
+        }
+        Greeted::Renew(mut link) => {
+            match judge(&link, port).await {
+                Judged::Good(peer) => {
+                    if let Err(error) = renewal::run(&mut *link, peer.endpoint, &port.shared).await {
+                        tracing::debug!(endpoint = %peer.endpoint, %error, "A renewal ended.");
+                    }
+                }
+                Judged::Revoked => {
+                    session::shut_out(&mut *link).await;
+                }
+                Judged::Bad => {}
             }
             let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
             drop(permit);
@@ -142,20 +168,45 @@ fn log_end(endpoint: EndpointId, error: &LinkError, port: &Port) {
     }
 }
 
-/// Who the client is, if its certificate is one of an agent of ours, enrolled and not revoked.
-async fn judge(link: &TlsStream<TcpStream>, port: &Port) -> Option<Peer> {
-    let certificate = link.get_ref().1.peer_certificates().and_then(|chain| chain.first())?;
-    let peer = peer(certificate, port.authority.fleet)?;
+/// What a client's certificate is.
+enum Judged {
+    /// An agent's of ours, enrolled and not revoked.
+    Good(Peer),
+    /// One that was ours, and proven to be the client's.
+    Revoked,
+    Bad,
+}
+
+/// Who the client is, and whether it may come in.
+async fn judge(link: &TlsStream<TcpStream>, port: &Port) -> Judged {
+    let certificate = link.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    let Some(peer) = certificate.and_then(|certificate| peer(certificate, port.shared.authority.fleet))
+    else {
+        return Judged::Bad;
+    };
     match port.shared.store.certificate_status(peer.endpoint, &peer.serial).await {
-        Ok(CertificateStatus::Enrolled) => Some(peer),
+        Ok(CertificateStatus::Enrolled) => Judged::Good(peer),
+        Ok(CertificateStatus::Fresh) => {
+            // From here on the older ones are good for nothing, also in the hands of whoever copied them.
+            match port.shared.store.certificate_used(peer.endpoint, &peer.serial, now_ms()).await {
+                Ok(()) => Judged::Good(peer),
+                Err(error) => {
+                    tracing::error!(%error, "Cannot note that a certificate is used.");
+                    Judged::Bad
+                }
+            }
+        }
         Ok(status) => {
-            tracing::warn!(endpoint = %peer.endpoint, ?status, "A certificate is refused.");
-            None
+            let now = Instant::now().into_std();
+            if port.shared.meters.of(peer.endpoint, now).may_log(now) {
+                tracing::warn!(endpoint = %peer.endpoint, ?status, "A certificate is refused.");
+            }
+            if status == CertificateStatus::Revoked { Judged::Revoked } else { Judged::Bad }
         }
         // Not knowing is no reason to let anybody in.
         Err(error) => {
             tracing::error!(%error, "Cannot look a certificate up.");
-            None
+            Judged::Bad
         }
     }
 }

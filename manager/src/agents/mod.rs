@@ -9,6 +9,7 @@ pub(crate) mod intake;
 pub(crate) mod listener;
 pub(crate) mod meter;
 pub(crate) mod registry;
+pub(crate) mod renewal;
 pub(crate) mod session;
 pub(crate) mod tls;
 

@@ -49,6 +49,8 @@ pub(crate) enum Command {
     AreYouThere(oneshot::Sender<()>),
     /// A newer session has taken its place.
     GiveWay,
+    /// Its agent was shut out for ever.
+    ShutOut,
 }
 
 impl Registry {
@@ -84,6 +86,12 @@ impl Registry {
         if inner.sessions.get(&endpoint).is_some_and(|handle| handle.epoch == epoch) {
             inner.sessions.remove(&endpoint);
         }
+    }
+
+    /// Ends the session of an agent that was shut out. `false` if it must be tried again.
+    pub(crate) fn shut_out(&self, endpoint: EndpointId) -> bool {
+        let inner = self.lock();
+        inner.sessions.get(&endpoint).is_none_or(|handle| handle.outbox.try_send(Command::ShutOut).is_ok())
     }
 
     /// Everyone who is connected here.

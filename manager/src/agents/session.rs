@@ -4,7 +4,7 @@
 //! **Invariant:** an agent that is read more slowly, or that the store makes wait, keeps its session: it is
 //! still sent orders, answers and pings, and its silence is not counted.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use tm_protocol::{
@@ -12,8 +12,8 @@ use tm_protocol::{
     address::Address,
     ids::{EndpointId, ManagerId},
     message::{
-        Goodbye, Hello, Notices, NoticesStored, Ping, Pong, Report, ReportBody, ReportStored, ToManager,
-        Welcome,
+        Goodbye, Hello, Notices, NoticesStored, Ping, Pong, Renewed, Report, ReportBody, ReportStored,
+        ToManager, Welcome,
     },
     report::Failure,
 };
@@ -26,11 +26,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     LinkError,
+    ca::Authority,
     intake::{Failed, Intake, Lane, inventory_rows},
     meter::{Cost, Meter, Meters},
     now_ms, read, read_any,
     registry::{Command, Registry},
-    write,
+    renewal, write,
 };
 use crate::store::{
     Store,
@@ -53,6 +54,7 @@ pub(crate) struct Shared {
     pub(crate) intake: Intake,
     pub(crate) registry: Registry,
     pub(crate) meters: Meters,
+    pub(crate) authority: Arc<Authority>,
     pub(crate) manager: ManagerId,
     pub(crate) addresses: Vec<Address>,
     pub(crate) heartbeat: Duration,
@@ -85,6 +87,7 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
         | ToManager::Report(_)
         | ToManager::Notices(_)
         | ToManager::Progress(_)
+        | ToManager::Renew(_)
         | ToManager::EnrollRequest(_) => return Err(LinkError::Protocol("the first message is no hello")),
     };
     if hello.min_version > VERSION || hello.max_version < VERSION {
@@ -128,7 +131,15 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
     let ended = async {
         write(link, &welcome.into()).await?;
         let lane = shared.intake.lane(endpoint, opened.epoch, opened.stored);
-        let session = Session { endpoint, handed: opened.stored, told: opened.stored, lane, meter, shared };
+        let session = Session {
+            endpoint,
+            handed: opened.stored,
+            told: opened.stored,
+            has_renewed: false,
+            lane,
+            meter,
+            shared,
+        };
         session.converse(link, &mut buffer, &mut commands).await
     }
     .await;
@@ -145,6 +156,8 @@ struct Session<'s> {
     /// What the agent has handed in, and what it has been told is stored.
     handed: Counts,
     told: Counts,
+    /// Whether it has asked for a new certificate.
+    has_renewed: bool,
     lane: Lane,
     meter: Meter,
     shared: &'s Shared,
@@ -196,6 +209,7 @@ impl Session<'_> {
                         asked.push(answer);
                         write(link, &Ping { nonce: rand::random() }.into()).await?;
                     }
+                    Some(Command::ShutOut) => return Err(shut_out(link).await),
                     Some(Command::GiveWay) | None => return Err(LinkError::Replaced),
                 },
                 () = sleep_until(read_from), if has_room && !reads => {}
@@ -249,6 +263,16 @@ impl Session<'_> {
                     write(link, &NoticesStored { through: self.told.notices }.into()).await?;
                 }
                 Ok(0)
+            }
+            ToManager::Renew(request) => {
+                let renewed = if self.has_renewed {
+                    Renewed::Refused(Failure::new("too-many", "one renewal a session"))
+                } else {
+                    self.has_renewed = true;
+                    renewal::renew(self.endpoint, &request, self.shared).await.map_err(LinkError::Store)?
+                };
+                write(link, &renewed.into()).await?;
+                Ok(1)
             }
             ToManager::Hello(_) | ToManager::EnrollRequest(_) => {
                 Err(LinkError::Protocol("a message out of place"))
@@ -350,6 +374,12 @@ fn sound(hello: &Hello) -> Option<Failure> {
             .as_ref()
             .is_none_or(|f| f.code.len() <= 64 && f.message.len() <= Failure::MAX_TEXT);
     (!short).then(|| Failure::new("hello", "the hello is too long"))
+}
+
+/// Tells an agent that it was revoked, and that there is no hurry to ask again.
+pub(crate) async fn shut_out<L: AsyncWrite + Unpin>(link: &mut L) -> LinkError {
+    let failure = Failure::new("revoked", "the certificate of this endpoint was revoked; enroll it anew");
+    goodbye(link, failure, 3_600_000).await
 }
 
 async fn goodbye<L: AsyncWrite + Unpin>(link: &mut L, failure: Failure, retry_after_ms: u32) -> LinkError {

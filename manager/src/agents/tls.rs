@@ -1,19 +1,29 @@
 //! TLS on both ports: version 1.3 only, no resumption (a resumed session would skip the look at the
 //! certificate, and with it revocation).
 
-use std::sync::Arc;
+use std::{
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use rustls::{
-    RootCertStore, ServerConfig,
+    DigitallySignedStruct, DistinguishedName, Error as TlsError, RootCertStore, ServerConfig,
+    SignatureScheme,
+    client::danger::HandshakeSignatureValid,
     crypto::aws_lc_rs,
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    server::{
+        ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::CertifiedKey,
 };
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tm_protocol::{
-    ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL,
+    ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL, ALPN_RENEW,
     identity::Role,
     ids::{EndpointId, FleetId},
 };
+use tokio_util::sync::CancellationToken;
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
 use super::ca::Authority;
@@ -24,6 +34,8 @@ pub(crate) struct AgentTls {
     pub(crate) control: Arc<ServerConfig>,
     pub(crate) bulk: Arc<ServerConfig>,
     pub(crate) enroll: Arc<ServerConfig>,
+    /// Also for certificates that ended at most [`LATE`] ago.
+    pub(crate) renew: Arc<ServerConfig>,
 }
 
 /// Whom a verified client certificate names.
@@ -34,37 +46,134 @@ pub(crate) struct Peer {
     pub(crate) serial: String,
 }
 
-/// Sets both ports up with a fresh certificate.
+/// How long after its end a certificate may still be renewed.
+const LATE: Duration = Duration::from_secs(30 * 86_400);
+
+/// The certificate that both ports show. It is exchanged while the manager runs, long before it ends.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    authority: Arc<Authority>,
+    names: Vec<String>,
+    now: RwLock<Arc<CertifiedKey>>,
+}
+
+impl Shown {
+    /// Makes the first one, for these names.
+    pub(crate) fn new(authority: Arc<Authority>, names: Vec<String>) -> anyhow::Result<Self> {
+        let now = RwLock::new(Self::fresh(&authority, &names)?);
+        Ok(Self { authority, names, now })
+    }
+
+    fn fresh(authority: &Authority, names: &[String]) -> anyhow::Result<Arc<CertifiedKey>> {
+        let (chain, key) = authority.server(names)?;
+        Ok(Arc::new(CertifiedKey::from_der(chain, key, &aws_lc_rs::default_provider())?))
+    }
+
+    fn renew(&self) -> anyhow::Result<()> {
+        let fresh = Self::fresh(&self.authority, &self.names)?;
+        *self.now.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        Ok(())
+    }
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.now.read().unwrap_or_else(PoisonError::into_inner)))
+    }
+}
+
+/// Exchanges the manager's certificate after each third of its life, until the manager ends.
+pub(crate) async fn keep_fresh(shown: Arc<Shown>, ending: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(shown.authority.life() / 3) => {}
+            () = ending.cancelled() => return,
+        }
+        // Two more tries are left before it ends.
+        if let Err(error) = shown.renew() {
+            tracing::error!(%error, "Cannot renew the manager's certificate.");
+        }
+    }
+}
+
+/// Judges as the verifier within, at the end of a certificate's life if that was not long ago.
+#[derive(Debug)]
+struct Lenient(Arc<dyn ClientCertVerifier>);
+
+impl ClientCertVerifier for Lenient {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.0.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, TlsError> {
+        let end = parse_x509_certificate(end_entity)
+            .ok()
+            .and_then(|(_, parsed)| u64::try_from(parsed.validity().not_after.timestamp()).ok());
+        let late = end.filter(|end| now.as_secs().checked_sub(*end).is_some_and(|by| by <= LATE.as_secs()));
+        let judged = late.map_or(now, |end| UnixTime::since_unix_epoch(Duration::from_secs(end)));
+        self.0.verify_client_cert(end_entity, intermediates, judged)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        self.0.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        self.0.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+}
+
+/// Sets both ports up.
 pub(crate) fn configure(
     authority: &Authority,
-    names: &[String],
+    shown: &Arc<Shown>,
 ) -> anyhow::Result<(AgentTls, Arc<ServerConfig>)> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    let (chain, key) = authority.server(names)?;
     let mut roots = RootCertStore::empty();
     roots.add(authority.certificate().clone())?;
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build()?;
-    let with = |client: bool, alpn: &[u8]| -> anyhow::Result<Arc<ServerConfig>> {
-        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(&[&rustls::version::TLS13])?;
-        let builder = if client {
-            builder.with_client_cert_verifier(Arc::clone(&verifier))
-        } else {
-            builder.with_no_client_auth()
+    let lenient: Arc<dyn ClientCertVerifier> = Arc::new(Lenient(Arc::clone(&verifier)));
+    let with =
+        |client: Option<&Arc<dyn ClientCertVerifier>>, alpn: &[u8]| -> anyhow::Result<Arc<ServerConfig>> {
+            let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+                .with_protocol_versions(&[&rustls::version::TLS13])?;
+            let builder = match client {
+                Some(verifier) => builder.with_client_cert_verifier(Arc::clone(verifier)),
+                None => builder.with_no_client_auth(),
+            };
+            let mut config = builder.with_cert_resolver(Arc::<Shown>::clone(shown));
+            config.alpn_protocols = vec![alpn.to_vec()];
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+            Ok(Arc::new(config))
         };
-        let mut config = builder.with_single_cert(chain.clone(), key.clone_key())?;
-        config.alpn_protocols = vec![alpn.to_vec()];
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
-        Ok(Arc::new(config))
-    };
     let agent = AgentTls {
-        control: with(true, ALPN_CONTROL)?,
-        bulk: with(true, ALPN_BULK)?,
-        enroll: with(false, ALPN_ENROLL)?,
+        control: with(Some(&verifier), ALPN_CONTROL)?,
+        bulk: with(Some(&verifier), ALPN_BULK)?,
+        enroll: with(None, ALPN_ENROLL)?,
+        renew: with(Some(&lenient), ALPN_RENEW)?,
     };
-    Ok((agent, with(false, b"http/1.1")?))
+    Ok((agent, with(None, b"http/1.1")?))
 }
 
 /// Reads who a client is; `None` unless it is an agent of our fleet, named once, with a certificate for clients.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use tm_protocol::{
-    ids::{EndpointId, TaskId},
+    ids::{EndpointId, ManagerId, TaskId},
     message::{Assign, Cancel, ToAgent},
 };
 use tokio::{sync::Notify, time::sleep};
@@ -56,8 +56,19 @@ pub(crate) async fn run(store: Store, registry: Registry, nudge: Arc<Notify>, en
     }
 }
 
-/// Flushes and expires until the manager ends.
-pub(crate) async fn sweep(store: Store, registry: Registry, ending: CancellationToken) {
+/// Ends the sessions of those who were revoked. Whoever revoked them, here or at another manager, wrote it into the
+/// store; a session that was being opened meanwhile is found by the next round.
+async fn shut_out(store: &Store, registry: &Registry, manager: ManagerId) -> Result<(), StoreError> {
+    for endpoint in store.revoked_sessions(manager).await? {
+        if registry.shut_out(endpoint) {
+            tracing::info!(%endpoint, "A revoked agent is sent away.");
+        }
+    }
+    Ok(())
+}
+
+/// Flushes, sends revoked agents away and expires until the manager ends.
+pub(crate) async fn sweep(store: Store, registry: Registry, manager: ManagerId, ending: CancellationToken) {
     let mut round: u32 = 0;
     while !ending.is_cancelled() {
         tokio::select! {
@@ -69,6 +80,7 @@ pub(crate) async fn sweep(store: Store, registry: Registry, ending: Cancellation
         let seen = if whole { registry.take_seen() } else { Vec::new() };
         let now = now_ms();
         let done = async {
+            shut_out(&store, &registry, manager).await?;
             store.flush_seen(&seen, &registry.take_progress(), now).await?;
             if whole { store.expire_tasks(now).await } else { Ok(0) }
         };
@@ -235,7 +247,7 @@ mod tests {
                 }
                 Command::Send(ToAgent::Cancel(cancel)) => heard.push(('-', cancel.task, 0)),
                 Command::Send(other) => panic!("{other:?}"),
-                Command::AreYouThere(_) | Command::GiveWay => {}
+                Command::AreYouThere(_) | Command::GiveWay | Command::ShutOut => {}
             }
         }
         heard

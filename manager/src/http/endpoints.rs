@@ -1,8 +1,8 @@
 //! `/v1/endpoints`, and what a target means.
 
-use axum::{Extension, Json, extract::State};
+use axum::{Extension, Json, extract::State, response::NoContent};
 use tm_api::{
-    endpoint::{Connectivity, EndpointQuery, EndpointView, FailureView, InventoryView, SetGroup},
+    endpoint::{Connectivity, EndpointQuery, EndpointView, FailureView, InventoryView, Revoke, SetGroup},
     error::{Candidate, Code},
 };
 use tm_protocol::search;
@@ -15,6 +15,7 @@ use super::{
 };
 use crate::store::{
     Store,
+    certificates::Forgotten,
     endpoints::{EndpointRow, Filter, Meaning},
 };
 
@@ -56,10 +57,49 @@ pub(crate) async fn set_group(
     Ok(Json(view(row)))
 }
 
+/// Once it is answered, the agent's certificates are good for no new link; a session ends within two seconds.
+pub(crate) async fn revoke(
+    State(state): State<AppState>,
+    Extension(actor): Extension<Actor>,
+    Named(target): Named,
+    Body(Revoke { reason }): Body<Revoke>,
+) -> Result<Json<EndpointView>, Error> {
+    if reason.len() > MAX_REASON {
+        return Err(Error::invalid(format!("the reason is longer than {MAX_REASON} bytes")));
+    }
+    let row = one(&state.store, &target).await?;
+    state.store.revoke(&row, &actor.name, &reason, now_ms()).await?;
+    let gone = || Error::not_found("endpoint", &target);
+    Ok(Json(view(state.store.endpoint(row.id).await?.ok_or_else(gone)?)))
+}
+
+pub(crate) async fn forget(
+    State(state): State<AppState>,
+    Extension(actor): Extension<Actor>,
+    Named(target): Named,
+) -> Result<NoContent, Error> {
+    let row = one(&state.store, &target).await?;
+    if row.connected {
+        return Err(still_in(&row));
+    }
+    match state.store.forget(&row, &actor.name, now_ms()).await? {
+        Forgotten::Done => Ok(NoContent),
+        Forgotten::NotRevoked => Err(still_in(&row)),
+    }
+}
+
+fn still_in(row: &EndpointRow) -> Error {
+    Error::new(Code::Conflict, format!("the agent of {} may still connect", quoted(&row.host)))
+        .hint("revoke it first: tmctl endpoint revoke")
+}
+
 /// Reads a search.
 pub(crate) fn terms(search: &str) -> Result<Vec<search::Term>, Error> {
     search::parse(search).map_err(|error| Error::invalid(error.to_string()))
 }
+
+/// Longest reason, in bytes.
+pub(crate) const MAX_REASON: usize = 1024;
 
 /// The one endpoint that a target means.
 pub(crate) async fn one(store: &Store, target: &str) -> Result<EndpointRow, Error> {
@@ -103,6 +143,7 @@ pub(crate) fn view(row: EndpointRow) -> EndpointView {
         agent_version: row.agent_version,
         patterns: Vec::new(),
         enrolled_at: rfc3339(row.enrolled_ms),
+        revoked_at: row.revoked_ms.map(rfc3339),
         last_seen_at: row.last_seen_ms.map(rfc3339),
         last_failure: row.failure.map(|failure| FailureView {
             code: failure.code,

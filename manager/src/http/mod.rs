@@ -107,6 +107,12 @@ pub(crate) static ROUTES: &[Route] = &[
     route(Method::PUT, "/v1/endpoints/{target}/group", Permission::ChangeEndpoints, |m| {
         on(m, endpoints::set_group)
     }),
+    route(Method::POST, "/v1/endpoints/{target}/revoke", Permission::RevokeEndpoints, |m| {
+        on(m, endpoints::revoke)
+    }),
+    route(Method::DELETE, "/v1/endpoints/{target}", Permission::ForgetEndpoints, |m| {
+        on(m, endpoints::forget)
+    }),
     route(Method::GET, "/v1/endpoints/{target}/why", Permission::ReadStatus, |m| on(m, status::why)),
     route(Method::GET, "/v1/coverage", Permission::ReadCoverage, |m| on(m, coverage::show)),
     route(Method::GET, "/v1/status", Permission::ReadStatus, |m| on(m, status::show)),

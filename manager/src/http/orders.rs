@@ -29,7 +29,6 @@ use crate::store::{
 const MAX_ENDPOINTS: usize = 10_000;
 /// Most endpoints named in one refusal.
 const MAX_NAMED: usize = 10;
-const MAX_REASON: usize = 1024;
 pub(crate) const HOUR_S: u64 = 3600;
 const MAX_S: u64 = 30 * 24 * HOUR_S;
 
@@ -52,8 +51,8 @@ pub(crate) fn times(
     default_deadline_s: u64,
     reason: &str,
 ) -> Result<Times, Error> {
-    if reason.len() > MAX_REASON {
-        return Err(Error::invalid(format!("the reason is longer than {MAX_REASON} bytes")));
+    if reason.len() > endpoints::MAX_REASON {
+        return Err(Error::invalid(format!("the reason is longer than {} bytes", endpoints::MAX_REASON)));
     }
     Ok(Times {
         expires_in_ms: milliseconds("expires_in_s", expires_in_s.unwrap_or(HOUR_S))?,
@@ -91,6 +90,12 @@ pub(crate) async fn addressed(store: &Store, to: &Targets) -> Result<Vec<(Endpoi
     let mut found: BTreeMap<EndpointId, (EndpointRow, bool)> = BTreeMap::new();
     for target in &to.targets {
         let row = endpoints::one(store, target).await?;
+        if row.revoked_ms.is_some() {
+            return Err(Error::new(
+                Code::Conflict,
+                format!("the agent of {} was revoked", quoted(&row.host)),
+            ));
+        }
         found.insert(row.id, (row, true));
     }
     let mut filters = Vec::new();
@@ -105,7 +110,8 @@ pub(crate) async fn addressed(store: &Store, to: &Targets) -> Result<Vec<(Endpoi
         filters.push(Filter { query: Some(query), ..Filter::default() });
     }
     for filter in filters {
-        for row in store.endpoints(&filter).await? {
+        let rows = store.endpoints(&filter).await?;
+        for row in rows.into_iter().filter(|row| row.revoked_ms.is_none()) {
             found.entry(row.id).or_insert((row, false));
         }
     }

@@ -26,7 +26,7 @@ pub(crate) async fn show(State(state): State<AppState>) -> Result<Json<StatusVie
         connected: count(Query::Connected),
         disconnected: count(Query::Disconnected),
         // An endpoint exists by its enrollment so far, and enrolls with an agent.
-        agentless: count(Query::Disconnected).saturating_sub(count(Query::AgentInstalled)),
+        agentless: count(Query::Agentless),
         endpoints: overview.endpoints,
         tasks_queued: overview.tasks_queued,
         tasks_running: overview.tasks_running,

@@ -37,6 +37,8 @@ pub(crate) struct EndpointRow {
     pub(crate) task_kinds: Vec<u16>,
     pub(crate) agent_version: String,
     pub(crate) enrolled_ms: i64,
+    /// When its agent was shut out for ever.
+    pub(crate) revoked_ms: Option<i64>,
     pub(crate) last_seen_ms: Option<i64>,
     pub(crate) failure: Option<FailureRow>,
     pub(crate) inventory: Option<InventoryRow>,
@@ -187,7 +189,7 @@ impl Store {
                 self,
                 format!(
                     "SELECT id, host, group_name, manager_id, agent_version, enrolled_ms, last_seen_ms,
-                            failure_code, failure_message, failure_ms, inventory, task_kinds
+                            failure_code, failure_message, failure_ms, inventory, task_kinds, revoked_ms
                      FROM endpoint WHERE {sql} ORDER BY host_key, id"
                 ),
             )
@@ -311,6 +313,7 @@ fn endpoint(row: &AnyRow, addresses: &mut HashMap<String, Vec<String>>) -> Resul
         task_kinds: json("task kinds", &row.get::<String, _>(11))?,
         agent_version: row.get(4),
         enrolled_ms: row.get(5),
+        revoked_ms: row.get(12),
         last_seen_ms: row.get(6),
         failure: code.map(|code| FailureRow {
             code,

@@ -1,6 +1,5 @@
 //! Enrollment and certificates.
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::json;
 use sqlx::Row as _;
 use tm_protocol::ids::{EndpointId, Sha256};
@@ -8,6 +7,7 @@ use tm_protocol::ids::{EndpointId, Sha256};
 use super::{
     Store, StoreError,
     audit::{Entry, append},
+    certificates::{NewCertificate, enter},
 };
 
 /// An endpoint that asks to be let in.
@@ -16,10 +16,7 @@ pub(crate) struct NewEndpoint<'a> {
     pub(crate) id: EndpointId,
     pub(crate) host: &'a str,
     pub(crate) agent_version: &'a str,
-    pub(crate) serial: &'a str,
-    pub(crate) not_after_ms: i64,
-    /// SubjectPublicKeyInfo (DER).
-    pub(crate) public_key: &'a [u8],
+    pub(crate) certificate: NewCertificate<'a>,
 }
 
 /// Why a token lets nobody in.
@@ -35,6 +32,8 @@ pub(crate) enum TokenRefusal {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CertificateStatus {
     Enrolled,
+    /// Enrolled, and not used before.
+    Fresh,
     Revoked,
     Unknown,
 }
@@ -89,20 +88,9 @@ impl Store {
         .execute(&mut *tx)
         .await
         .map_err(StoreError::query("enter an endpoint"))?;
-        sqlx::query(
-            "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms, public_key)
-             VALUES ($1, $2, $3, $4, $5)",
-        )
-        .bind(new.serial)
-        .bind(endpoint.as_str())
-        .bind(now_ms)
-        .bind(new.not_after_ms)
-        .bind(STANDARD.encode(new.public_key))
-        .execute(&mut *tx)
-        .await
-        .map_err(StoreError::query("enter a certificate"))?;
+        enter(&mut tx, new.id, &new.certificate, now_ms).await?;
         let actor = format!("token {id}");
-        let detail = json!({ "host": new.host, "serial": new.serial });
+        let detail = json!({ "host": new.host, "serial": new.certificate.serial });
         let entry = Entry {
             actor: &actor,
             action: "endpoint.enroll",
@@ -121,16 +109,18 @@ impl Store {
         endpoint: EndpointId,
         serial: &str,
     ) -> Result<CertificateStatus, StoreError> {
-        let row = sqlx::query("SELECT revoked_ms FROM certificate WHERE serial = $1 AND endpoint_id = $2")
-            .bind(serial)
-            .bind(endpoint.to_string())
-            .fetch_optional(self.reader())
-            .await
-            .map_err(StoreError::query("look a certificate up"))?;
-        Ok(match row.map(|row| row.get::<Option<i64>, _>(0)) {
+        let row =
+            sqlx::query("SELECT revoked_ms, used_ms FROM certificate WHERE serial = $1 AND endpoint_id = $2")
+                .bind(serial)
+                .bind(endpoint.to_string())
+                .fetch_optional(self.reader())
+                .await
+                .map_err(StoreError::query("look a certificate up"))?;
+        Ok(match row.map(|row| (row.get::<Option<i64>, _>(0), row.get::<Option<i64>, _>(1))) {
             None => CertificateStatus::Unknown,
-            Some(None) => CertificateStatus::Enrolled,
-            Some(Some(_)) => CertificateStatus::Revoked,
+            Some((Some(_), _)) => CertificateStatus::Revoked,
+            Some((None, Some(_))) => CertificateStatus::Enrolled,
+            Some((None, None)) => CertificateStatus::Fresh,
         })
     }
 }

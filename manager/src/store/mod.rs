@@ -11,6 +11,7 @@
 pub(crate) mod accounts;
 pub(crate) mod audit;
 pub(crate) mod cancels;
+pub(crate) mod certificates;
 pub(crate) mod cleanups;
 pub(crate) mod coverage;
 mod detections;

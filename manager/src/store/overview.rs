@@ -15,8 +15,10 @@ pub(super) const fn condition(query: Query) -> &'static str {
         Query::NeedsCleanup => "id IN (SELECT endpoint_id FROM incident WHERE state = 'awaiting-cleanup')",
         Query::Unresolved => "id IN (SELECT endpoint_id FROM incident WHERE state = 'unresolved')",
         Query::Connected => "manager_id IS NOT NULL",
-        // Every endpoint has an agent so far; those without one will be `disconnected` only.
-        Query::Disconnected | Query::AgentInstalled => "manager_id IS NULL",
+        Query::Disconnected => "manager_id IS NULL",
+        Query::AgentInstalled => "manager_id IS NULL AND revoked_ms IS NULL",
+        // An agent that was shut out is none of ours any more.
+        Query::Agentless => "manager_id IS NULL AND revoked_ms IS NOT NULL",
     }
 }
 
@@ -29,7 +31,7 @@ const fn ordered(query: Query) -> &'static str {
         Query::Unresolved => {
             "id IN (SELECT endpoint_id FROM incident WHERE state = 'cleaning' AND before = 'unresolved')"
         }
-        Query::Connected | Query::Disconnected | Query::AgentInstalled => "1 = 0",
+        Query::Connected | Query::Disconnected | Query::AgentInstalled | Query::Agentless => "1 = 0",
     }
 }
 

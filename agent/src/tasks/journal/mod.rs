@@ -677,6 +677,7 @@ pub(crate) fn decode_report(frame: &[u8]) -> Option<Report> {
         | ToManager::Ping(_)
         | ToManager::Pong(_)
         | ToManager::Progress(_)
+        | ToManager::Renew(_)
         | ToManager::EnrollRequest(_)
         | ToManager::Notices(_) => None,
     }

@@ -74,6 +74,31 @@ pub(crate) enum Endpoint {
         )]
         limit: u32,
     },
+    /// Shut an endpoint's agent out for ever
+    #[command(
+        long_about = "Shut an endpoint's agent out for ever: its certificates are refused from now on, and \
+        its session ends within two seconds. The agent goes on to run where it is, and gets no more orders. To \
+        let the machine in again, enroll it anew (as another endpoint).\n\n\
+        Examples:\n  tmctl endpoint revoke web-07 --reason 'disk sold'\n  \
+        tmctl endpoint revoke 01890c5e-9f4b-7cc0-98ab-0123456789ab"
+    )]
+    Revoke {
+        /// Endpoint id, host name or address
+        target: String,
+        /// Why, for the audit log
+        #[arg(long, default_value = "")]
+        reason: String,
+    },
+    /// Remove what is known about a revoked endpoint
+    #[command(
+        long_about = "Remove what is known about a revoked endpoint: its tasks, detections, incidents and \
+        facts. Threat events and audit records stay.\n\n\
+        Example:\n  tmctl endpoint forget web-07"
+    )]
+    Forget {
+        /// Endpoint id, host name or address
+        target: String,
+    },
     /// Put an endpoint into another group
     SetGroup {
         /// Endpoint id, host name or address

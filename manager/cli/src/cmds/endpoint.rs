@@ -1,7 +1,7 @@
 //! `tmctl endpoint`.
 
 use tm_api::{
-    endpoint::{Connectivity, EndpointQuery, EndpointView, InventoryView, SetGroup},
+    endpoint::{Connectivity, EndpointQuery, EndpointView, InventoryView, Revoke, SetGroup},
     event::{IncidentQuery, IncidentView},
 };
 
@@ -13,7 +13,7 @@ use crate::{
     output::{Column, Output, bytes, say},
 };
 
-const COLUMNS: [Column<EndpointView>; 20] = [
+const COLUMNS: [Column<EndpointView>; 21] = [
     Column::id("id", |e| e.id.clone()),
     Column::narrow("host", |e| e.host.clone()),
     Column::narrow("addresses", |e| e.addresses.join(" ")),
@@ -24,6 +24,7 @@ const COLUMNS: [Column<EndpointView>; 20] = [
     Column::narrow("agent_version", |e| e.agent_version.clone()),
     Column::time("last_seen_at", |e| e.last_seen_at.clone().unwrap_or_default()),
     Column::wide_time("enrolled_at", |e| e.enrolled_at.clone()),
+    Column::wide_time("revoked_at", |e| e.revoked_at.clone().unwrap_or_default()),
     Column::wide("patterns", |e| e.patterns.join(" ")),
     Column::wide("last_failure", |e| {
         e.last_failure.as_ref().map(|f| format!("{} {}: {}", f.at, f.code, f.message)).unwrap_or_default()
@@ -78,6 +79,16 @@ pub(crate) async fn run(command: Endpoint, client: &Client, out: &Output) -> Res
             if u32::try_from(found.len()).is_ok_and(|count| count >= limit) {
                 say(&format!("these are the newest {limit}; --limit shows more, up to 1000\n"));
             }
+        }
+        Endpoint::Revoke { target, reason } => {
+            let body = Revoke { reason };
+            let changed: EndpointView = client.post(&["endpoints", &target, "revoke"], &body).await?;
+            out.list(&[changed], &COLUMNS, "")?;
+            say("its certificates are refused from now on; a session ends within two seconds\n");
+        }
+        Endpoint::Forget { target } => {
+            client.delete(&["endpoints", &target]).await?;
+            say("the endpoint is forgotten; its events and audit records stay\n");
         }
         Endpoint::SetGroup { target, group } => {
             let body = SetGroup { group };

@@ -75,6 +75,7 @@ pub(super) fn endpoint() -> EndpointView {
         agent_version: text("0.1.0"),
         patterns: Vec::new(),
         enrolled_at: text("2026-01-01T00:00:00Z"),
+        revoked_at: None,
         last_seen_at: Some(text("2026-01-02T03:04:05Z")),
         last_failure: None,
         inventory: None,

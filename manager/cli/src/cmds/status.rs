@@ -71,6 +71,7 @@ const fn commands(query: Query) -> &'static [&'static str] {
         ],
         Query::Disconnected => &["see who:   tmctl endpoint list --query disconnected"],
         Query::AgentInstalled => &["see who:   tmctl endpoint list --query agent-installed"],
+        Query::Agentless => &["see who:   tmctl endpoint list --query agentless"],
         // Nothing has to be done about those.
         Query::Connected => &[],
     }
@@ -83,7 +84,7 @@ mod tests {
     use super::*;
     use crate::cli::Cli;
 
-    fn status(counts: [u64; 5], queued_automatically: u64) -> StatusView {
+    fn status(counts: [u64; 6], queued_automatically: u64) -> StatusView {
         let queries = Query::ALL.into_iter().zip(counts);
         StatusView {
             queries: queries.map(|(name, count)| QueryCount { name, count, queued_automatically }).collect(),
@@ -100,13 +101,13 @@ mod tests {
     #[test]
     fn what_waits_has_its_command_and_what_does_not_is_still_shown() {
         assert_eq!(
-            text(&status([0; 5], 0)),
+            text(&status([0; 6], 0)),
             "3 endpoints: 2 connected, 1 disconnected, 0 without an agent\n\
              4 incidents open, 1 task waiting for the endpoint, 0 tasks under way\n\n\
              needs-cleanup         0\nunresolved            0\nconnected             0\n\
-             disconnected          0\nagent-installed       0\n"
+             disconnected          0\nagent-installed       0\nagentless             0\n"
         );
-        let text = text(&status([1, 0, 2, 1, 1], 3));
+        let text = text(&status([1, 0, 2, 1, 1, 0], 3));
         assert!(text.contains("needs-cleanup         1  and 3 queued automatically\n"), "{text}");
         assert!(text.contains("tmctl cleanup run --query needs-cleanup --dry-run\n"), "{text}");
         assert!(!text.contains("--query unresolved"), "{text}");
