@@ -225,9 +225,15 @@ fn agent_failure(failure: &Failure) -> Failure {
 pub(crate) mod tests {
     use super::*;
 
-    /// A store of its own: on a file, or with `TM_TEST_POSTGRES` (the address of a server, without a database) in
-    /// a new database there. The folder lives as long as the guard.
+    /// A store of its own. The folder lives as long as the guard.
     pub(crate) async fn scratch() -> (Store, tempfile::TempDir) {
+        let (url, folder) = place().await;
+        (Store::open(&url).await.expect("a fresh store opens"), folder)
+    }
+
+    /// A place for a store: a file, or with `TM_TEST_POSTGRES` (the address of a server, without a database) a new
+    /// database there.
+    pub(crate) async fn place() -> (String, tempfile::TempDir) {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let url = match std::env::var("TM_TEST_POSTGRES") {
             Err(_) => format!("sqlite:{}", folder.path().join("store.db").display()),
@@ -241,7 +247,7 @@ pub(crate) mod tests {
                 format!("{server}/{name}")
             }
         };
-        (Store::open(&url).await.expect("a fresh store opens"), folder)
+        (url, folder)
     }
 
     /// Whether a test of what only SQLite has can run.
@@ -251,9 +257,10 @@ pub(crate) mod tests {
 
     #[tokio::test]
     async fn a_store_opens_twice_and_refuses_other_addresses() {
-        let (store, folder) = scratch().await;
-        store.close().await;
-        Store::open(&format!("sqlite:{}", folder.path().join("store.db").display())).await.unwrap();
+        let (url, _folder) = place().await;
+        for _ in 0..2 {
+            Store::open(&url).await.unwrap().close().await;
+        }
         assert!(
             matches!(Store::open("mysql://user:secret@host/db").await, Err(StoreError::Address(a)) if a == "host/db")
         );
