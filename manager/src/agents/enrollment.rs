@@ -119,7 +119,7 @@ async fn decide(
             endpoint,
             certificate: issued.der,
             ca: authority.certificate().to_vec(),
-            addresses: shared.addresses.clone(),
+            addresses: shared.addresses.get(),
         },
         Err(TokenRefusal::Unknown) => refuse("token-unknown", "this manager knows no such enrollment token"),
         Err(TokenRefusal::Revoked) => refuse("token-revoked", "the enrollment token has been revoked"),

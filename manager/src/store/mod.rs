@@ -10,6 +10,7 @@
 
 pub(crate) mod accounts;
 pub(crate) mod audit;
+pub(crate) mod calls;
 pub(crate) mod cancels;
 pub(crate) mod cleanups;
 pub(crate) mod coverage;
@@ -20,6 +21,7 @@ pub(crate) mod enrollments;
 pub(crate) mod events;
 pub(crate) mod incidents;
 pub(crate) mod items;
+pub(crate) mod managers;
 mod notices;
 mod outcomes;
 pub(crate) mod overview;
@@ -27,6 +29,7 @@ pub(crate) mod patterns;
 pub(crate) mod receipts;
 pub(crate) mod reports;
 pub(crate) mod restores;
+pub(crate) mod schema;
 pub(crate) mod sessions;
 mod specs;
 pub(crate) mod streams;
@@ -40,7 +43,7 @@ mod story;
 use std::{str::FromStr as _, time::Duration};
 
 use sqlx::{
-    Any, AnyPool, Connection as _, Executor as _, Transaction,
+    Any, AnyPool, Connection as _, Executor as _, PgPool, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
 use tm_protocol::report::Failure;
@@ -62,6 +65,8 @@ pub(crate) struct Store {
     engine: Engine,
     read: AnyPool,
     write: AnyPool,
+    /// For what only PostgreSQL has.
+    calls: Option<PgPool>,
 }
 
 /// Which database is behind the pools.
@@ -83,6 +88,11 @@ pub(crate) enum StoreError {
     Open(#[source] sqlx::Error),
     #[error("cannot bring the database up to this version's schema")]
     Migrate(#[source] sqlx::migrate::MigrateError),
+    #[error(
+        "the database was made by a newer version of this program: its schema is `{found}`, and this version knows \
+         them up to `{known}`"
+    )]
+    Newer { found: String, known: String },
     #[error("cannot {what}")]
     Query { what: &'static str, source: sqlx::Error },
     #[error("the database holds a {what} that this version cannot read: {value}")]
@@ -114,18 +124,28 @@ impl StoreError {
                                 .any(|class| code.len() == 5 && code.starts_with(class))
                     })
             }
-            Self::Address(_) | Self::Migrate(_) | Self::Content { .. } => false,
+            Self::Address(_) | Self::Migrate(_) | Self::Newer { .. } | Self::Content { .. } => false,
         }
     }
 }
 
 impl Store {
-    /// Opens the database at `url` (`sqlite:PATH` or `postgres://…`), creating an SQLite file and the
-    /// schema where they are missing.
+    /// Opens the database at `url` (`sqlite:PATH` or `postgres://…`) and brings its schema up to this program's,
+    /// creating an SQLite file where it is missing.
     ///
     /// # Errors
-    /// If the address is not one, the database cannot be reached, or its schema cannot be brought up to date.
+    /// If the address is not one, the database cannot be reached, or its schema is newer or cannot be brought up.
     pub(crate) async fn open(url: &str) -> Result<Self, StoreError> {
+        let store = Self::connect(url).await?;
+        store.migrate().await?;
+        Ok(store)
+    }
+
+    /// Opens the database as it is. Until [`Store::migrate`] it may have an older schema.
+    ///
+    /// # Errors
+    /// If the address is not one, or the database cannot be reached.
+    pub(crate) async fn connect(url: &str) -> Result<Self, StoreError> {
         sqlx::any::install_default_drivers();
         let engine = match url.split(':').next() {
             Some("sqlite") => Engine::Sqlite,
@@ -165,12 +185,15 @@ impl Store {
                 pool(READERS).connect_with(options.clone()).await.map_err(StoreError::Open)?
             }
         };
-        MIGRATIONS.run(&write).await.map_err(StoreError::Migrate)?;
         let read = match engine {
             Engine::Sqlite => pool(READERS).connect_with(options).await.map_err(StoreError::Open)?,
             Engine::Postgres => write.clone(),
         };
-        Ok(Self { engine, read, write })
+        let calls = match engine {
+            Engine::Sqlite => None,
+            Engine::Postgres => Some(calls::pool(url).map_err(StoreError::Open)?),
+        };
+        Ok(Self { engine, read, write, calls })
     }
 
     /// The pool for statements that only read.
@@ -190,6 +213,17 @@ impl Store {
         self.write.begin_with(statement).await.map_err(StoreError::query("begin a transaction"))
     }
 
+    /// Begins a transaction that appends to the audit log. There is one at a time, on PostgreSQL too: it waits here,
+    /// before it holds anything, so that no two of them wait for each other.
+    ///
+    /// # Errors
+    /// As [`Store::begin`].
+    pub(crate) async fn begin_audited(&self) -> Result<Tx, StoreError> {
+        let mut tx = self.begin().await?;
+        audit::hold(&mut tx).await?;
+        Ok(tx)
+    }
+
     /// Commits, durably.
     ///
     /// # Errors
@@ -200,6 +234,9 @@ impl Store {
 
     /// Lets running statements end and closes every connection.
     pub(crate) async fn close(&self) {
+        if let Some(calls) = &self.calls {
+            calls.close().await;
+        }
         self.read.close().await;
         self.write.close().await;
     }
