@@ -13,14 +13,14 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use tm_api::account::Role;
-use tm_protocol::ids::Sha256;
+use tm_protocol::ids::{FleetId, Sha256};
 
 use crate::{
     access,
-    agents::ca::Authority,
+    agents::ca::{Authority, DEFAULT_LIFE},
     config::{self, Config},
     server,
-    store::Store,
+    store::{Store, schema::Version},
 };
 
 /// Decides, queues, stores and shows; agents and tmctl connect to it.
@@ -51,9 +51,24 @@ enum Command {
         /// The database [default: sqlite in the folder]
         #[arg(long, value_name = "URL")]
         database: Option<String>,
+        /// The folder for the bytes of patterns [default: `patterns` in the folder]
+        #[arg(long, value_name = "DIR")]
+        patterns: Option<PathBuf>,
+        /// Become another manager of a fleet: its authority, the folder `ca` of a manager that there is, copied here
+        /// over a channel that nobody listens to. Needs the fleet's PostgreSQL and patterns' folder
+        #[arg(long, value_name = "CA-DIR", requires = "database", requires = "patterns")]
+        join: Option<PathBuf>,
     },
     /// Run
     Serve {
+        /// The folder that `init` made
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-manager")]
+        data: PathBuf,
+    },
+    /// Bring the database to this version's schema
+    ///
+    /// `serve` does so too, unless another manager works on the database.
+    Migrate {
         /// The folder that `init` made
         #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-manager")]
         data: PathBuf,
@@ -83,10 +98,19 @@ enum Command {
 pub(crate) fn run() -> ExitCode {
     let done = match Cli::parse().command {
         Command::ScanWorker => return tm_scanner::worker::main(),
-        Command::Init { data, agent_listen, admin_listen, public_name, database } => {
-            init(&data, agent_listen, admin_listen, public_name, database.as_deref())
+        Command::Init { data, agent_listen, admin_listen, public_name, database, patterns, join } => {
+            let new = New {
+                data,
+                agent: agent_listen,
+                admin: admin_listen,
+                names: public_name,
+                database,
+                patterns,
+            };
+            init(new, join.as_deref())
         }
         Command::Serve { data } => serve(&data),
+        Command::Migrate { data } => migrate(&data),
         Command::CheckConfig { data } => check(&data),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tm-manager", &mut io::stdout());
@@ -105,64 +129,133 @@ pub(crate) fn run() -> ExitCode {
     }
 }
 
-fn init(
-    data: &Path,
+/// What a new manager is to be.
+struct New {
+    data: PathBuf,
     agent: SocketAddr,
     admin: SocketAddr,
-    mut names: Vec<String>,
-    database: Option<&str>,
-) -> anyhow::Result<()> {
-    if data.join("manager.toml").exists() {
-        bail!("`{}` already holds a manager; start it with `tm-manager serve`", data.display());
-    }
-    if agent.port() == 0 || admin.port() == 0 {
-        bail!("port 0 is not an address that agents could be told");
-    }
-    if let Some(wrong) = names.iter().find(|name| config::public_name(name).is_none()) {
-        bail!("`{}` is not a host name or an IP address, with or without a port", wrong.escape_debug());
-    }
-    if names.is_empty() {
-        names.push(if agent.ip().is_loopback() {
-            agent.ip().to_string()
-        } else {
-            hostname().context("cannot tell the host name; give --public-name")?
-        });
-    }
+    names: Vec<String>,
+    database: Option<String>,
+    patterns: Option<PathBuf>,
+}
+
+fn init(mut new: New, join: Option<&Path>) -> anyhow::Result<()> {
+    new.check()?;
+    let data = new.data.as_path();
     DirBuilder::new().recursive(true).mode(0o700).create(data).context("cannot make the data folder")?;
-    let authority = Authority::create(&data.join("ca")).context("cannot make the certificate authority")?;
+    let url = new.database.clone().unwrap_or_else(|| default_database(data));
+    let shown = data.display();
+    match join {
+        None => {
+            let authority =
+                Authority::create(&data.join("ca")).context("cannot make the certificate authority")?;
+            let token = first_account(&url, &authority)?;
+            let profile = format!(
+                "url = \"https://{}\"\nca_sha256 = \"{}\"\ntoken = \"{token}\"\n",
+                new.reach(),
+                authority.digest()
+            );
+            write_secret(&data.join("admin.toml"), &profile)?;
+        }
+        Some(from) => {
+            let fleet = Authority::load(from, DEFAULT_LIFE).context("there is no authority to join with")?.fleet;
+            joinable(&url, fleet)?;
+            Authority::join(&data.join("ca"), from).context("cannot take the certificate authority over")?;
+        }
+    }
+    // The configuration comes last: a folder with one is complete.
+    let config =
+        config::render(new.agent, new.admin, &new.names, new.database.as_deref(), new.patterns.as_deref());
+    write_secret(&data.join("manager.toml"), &config)?;
+    let next = match join {
+        None => format!(
+            "Then, to talk to it: export TMCTL_PROFILE={shown}/admin.toml\n                     \
+             tmctl token create --uses 10"
+        ),
+        Some(_) => format!(
+            "Administrators are those of the fleet: a profile for it is another manager's with\n                     \
+             url = \"https://{}\"",
+            new.reach()
+        ),
+    };
+    let _ = writeln!(
+        io::stderr(),
+        "A new manager is in {shown}.\n\nStart it:           tm-manager serve --data {shown}\n{next}"
+    );
+    Ok(())
+}
+
+impl New {
+    fn check(&mut self) -> anyhow::Result<()> {
+        if self.data.join("manager.toml").exists() {
+            let shown = self.data.display();
+            bail!("`{shown}` already holds a manager; start it with `tm-manager serve`");
+        }
+        if self.agent.port() == 0 || self.admin.port() == 0 {
+            bail!("port 0 is not an address that agents could be told");
+        }
+        if let Some(wrong) = self.names.iter().find(|name| config::public_name(name).is_none()) {
+            bail!("`{}` is not a host name or an IP address, with or without a port", wrong.escape_debug());
+        }
+        if self.patterns.as_ref().is_some_and(|folder| !folder.is_absolute()) {
+            bail!("the folder for patterns is to be named from the root (`/…`)");
+        }
+        if self.names.is_empty() {
+            self.names.push(if self.agent.ip().is_loopback() {
+                self.agent.ip().to_string()
+            } else {
+                hostname().context("cannot tell the host name; give --public-name")?
+            });
+        }
+        Ok(())
+    }
+
+    /// Where administrators on this machine reach it.
+    fn reach(&self) -> SocketAddr {
+        if self.admin.ip().is_unspecified() {
+            SocketAddr::new([127, 0, 0, 1].into(), self.admin.port())
+        } else {
+            self.admin
+        }
+    }
+}
+
+/// Makes the database and the first account of a new fleet; the account's token.
+fn first_account(url: &str, authority: &Authority) -> anyhow::Result<String> {
     let bytes: [u8; 32] = rand::random();
     let token = access::bearer_token(bytes);
-    let url = database.map_or_else(|| default_database(data), ToOwned::to_owned);
+    let digest = Sha256::of(token.as_bytes());
     let created = runtime()?.block_on(async {
-        let store = Store::open(&url).await?;
-        let created = store
-            .create_first_account("admin", Role::Administrator, Sha256::of(token.as_bytes()), now_ms())
-            .await;
+        let store = Store::open(url).await?;
+        let created = match store.create_first_account("admin", Role::Administrator, digest, now_ms()).await {
+            Ok(true) => store.claim_fleet(authority.fleet).await,
+            other => other,
+        };
         store.close().await;
         created
     })?;
     if !created {
         bail!("the database already belongs to a manager");
     }
-    let reach = if admin.ip().is_unspecified() {
-        SocketAddr::new([127, 0, 0, 1].into(), admin.port())
-    } else {
-        admin
-    };
-    let profile =
-        format!("url = \"https://{reach}\"\nca_sha256 = \"{}\"\ntoken = \"{token}\"\n", authority.digest());
-    write_secret(&data.join("admin.toml"), &profile)?;
-    // The configuration comes last: a folder with one is complete.
-    write_secret(&data.join("manager.toml"), &config::render(agent, admin, &names, database))?;
-    let mut out = io::stderr();
-    let shown = data.display();
-    let _ = writeln!(
-        out,
-        "A new manager is in {shown}.\n\nStart it:           tm-manager serve --data {shown}\n\
-         Then, to talk to it: export TMCTL_PROFILE={shown}/admin.toml\n                     \
-         tmctl token create --uses 10"
-    );
-    Ok(())
+    Ok(token)
+}
+
+/// Whether another manager of `fleet` may work on a database.
+fn joinable(url: &str, fleet: FleetId) -> anyhow::Result<()> {
+    let (is_shared, found) = runtime()?.block_on(async {
+        let store = Store::open(url).await?;
+        let found = store.fleet().await;
+        store.close().await;
+        Ok::<_, anyhow::Error>((store.is_shared(), found?))
+    })?;
+    if !is_shared {
+        bail!("several managers need PostgreSQL; SQLite has one");
+    }
+    match found {
+        Some(found) if found == fleet.to_string() => Ok(()),
+        Some(found) => bail!("the database belongs to the fleet {found}, the authority to {fleet}"),
+        None => bail!("the database belongs to no fleet yet: start its first manager first"),
+    }
 }
 
 fn serve(data: &Path) -> anyhow::Result<()> {
@@ -172,6 +265,25 @@ fn serve(data: &Path) -> anyhow::Result<()> {
             .context("the log filter makes no sense")?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
     runtime()?.block_on(server::run(data, config))
+}
+
+fn migrate(data: &Path) -> anyhow::Result<()> {
+    let config = load(data)?;
+    let url = config.database.unwrap_or_else(|| default_database(data));
+    // One thread: there is one thing to do after the other.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let before = runtime.context("cannot start")?.block_on(async {
+        let store = Store::connect(&url).await?;
+        let before = store.migrate().await;
+        store.close().await;
+        before
+    })?;
+    let _ = writeln!(
+        io::stdout(),
+        "The database has the schema {} (before: {before}).",
+        Version::of_this_program()
+    );
+    Ok(())
 }
 
 fn check(data: &Path) -> anyhow::Result<()> {

@@ -1,6 +1,11 @@
 //! `manager.toml`: read once, typed, and right if it exists.
 
-use std::{fs, io, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use serde::Deserialize;
 use tm_protocol::address::Address;
@@ -20,6 +25,8 @@ pub(crate) struct Config {
     /// Under which agents reach this manager: `None` means the port of `agent_listen`.
     pub(crate) public_names: Vec<(String, Option<u16>)>,
     pub(crate) database: Option<String>,
+    /// Where the bytes of patterns are: `None` means `patterns` in the data folder. Managers of one fleet share it.
+    pub(crate) patterns: Option<PathBuf>,
     /// How often agents and manager ping each other, 200 ms to 27 s (silence of twice that ends a session,
     /// and a dead link is to be seen within a minute).
     pub(crate) heartbeat: Duration,
@@ -36,6 +43,7 @@ struct Raw {
     admin_listen: String,
     public_names: Vec<String>,
     database: Option<String>,
+    patterns: Option<PathBuf>,
     #[serde(default = "default_heartbeat")]
     heartbeat: String,
     #[serde(default = "default_log")]
@@ -114,12 +122,22 @@ impl TryFrom<Raw> for Config {
             admin_listen: socket("admin_listen", &raw.admin_listen)?,
             public_names,
             database: raw.database,
+            patterns: raw.patterns.map(absolute).transpose()?,
             heartbeat,
             log: raw.log,
             certificate_life,
             limits: raw.limits.try_into()?,
         })
     }
+}
+
+/// A folder whose meaning does not depend on where the manager is started.
+fn absolute(path: PathBuf) -> Result<PathBuf, ConfigError> {
+    if path.is_absolute() {
+        return Ok(path);
+    }
+    let value = path.display().to_string();
+    Err(ConfigError::Value { key: "patterns", value, expected: "a path from the root (`/…`)" })
 }
 
 /// A name alone, or one with the port of whatever forwards to the manager.
@@ -162,11 +180,16 @@ pub(crate) fn render(
     admin: SocketAddr,
     names: &[String],
     database: Option<&str>,
+    patterns: Option<&Path>,
 ) -> String {
     let names = names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
     let database = match database {
         Some(url) => format!("database = {url:?}"),
         None => "# database = \"sqlite:/path/to/manager.db\"".to_owned(),
+    };
+    let patterns = match patterns {
+        Some(folder) => format!("patterns = {:?}", folder.display().to_string()),
+        None => "# patterns = \"/path/to/patterns\"".to_owned(),
     };
     format!(
         r#"# Threat Management manager. `tm-manager check-config --data DIR` says whether it is right.
@@ -181,6 +204,10 @@ public_names = [{names}]
 
 # The database. Without this line: manager.db in this folder.
 {database}
+
+# The folder for the bytes of patterns. Without this line: patterns in this folder. Managers of one fleet (on one
+# PostgreSQL) need the same one, on storage that all of them reach.
+{patterns}
 
 # How often agents and manager ask each other "are you there?".
 heartbeat = "25s"
@@ -212,12 +239,14 @@ mod tests {
                 "[::1]:8".to_owned(),
             ],
             None,
+            Some(Path::new("/srv/patterns")),
         );
         let config = Config::try_from(toml::from_str::<Raw>(&text).unwrap()).unwrap();
         assert_eq!(
             (config.heartbeat, config.log.as_str(), config.database.clone(), config.certificate_life),
             (Duration::from_secs(25), "info", None, Duration::from_secs(90 * DAY_S))
         );
+        assert_eq!(config.patterns.as_deref(), Some(Path::new("/srv/patterns")));
         let addresses: Vec<String> = config.addresses().iter().map(ToString::to_string).collect();
         assert_eq!(addresses, ["m.example:4433", "[2001:db8::1]:4433", "f.example:9", "[::1]:8"]);
         assert_eq!(config.hosts(), ["m.example", "2001:db8::1", "f.example", "::1"]);
@@ -226,7 +255,7 @@ mod tests {
 
     #[test]
     fn wrong_values_are_named() {
-        let good = render("[::]:1".parse().unwrap(), "[::]:2".parse().unwrap(), &[], None);
+        let good = render("[::]:1".parse().unwrap(), "[::]:2".parse().unwrap(), &[], None, None);
         for (from, to) in [
             ("25s", "60s"),
             ("90d", "9s"),
@@ -236,6 +265,7 @@ mod tests {
             ("log =", "logg ="),
             ("names = []", "names = [\"m:0\"]"),
             ("names = []", "names = [\"a b\"]"),
+            ("# patterns = \"/", "patterns = \""),
             ("# rows_burst = 10000", "rows_burst = 1"),
         ] {
             assert!(good.contains(from), "{from}");

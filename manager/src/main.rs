@@ -1,6 +1,7 @@
 //! `tm-manager`: decides, queues, stores, shows.
 
 mod access;
+mod addresses;
 mod agents;
 mod cli;
 mod config;

@@ -9,6 +9,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use rustls::ServerConfig;
+use tm_protocol::ids::ManagerId;
 use tm_scanner::pool::WorkerProgram;
 use tokio::{
     net::TcpListener,
@@ -26,6 +27,7 @@ use crate::{
         intake::Intake,
         listener::{self, Port},
         meter::Meters,
+        peers::Peers,
         registry::Registry,
         session::Shared,
         tls,
@@ -35,7 +37,7 @@ use crate::{
     dispatch,
     http::{self, AppState},
     patterns::Blobs,
-    store::Store,
+    store::{Store, schema::Version},
 };
 
 /// How long sessions and requests have to end.
@@ -52,9 +54,15 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         .context("cannot load the certificate authority")?;
     let authority = Arc::new(authority);
     let url = config.database.clone().unwrap_or_else(|| cli::default_database(data));
-    let store = Store::open(&url).await?;
-    let blobs = Blobs::open(data.join("patterns")).context("cannot open the patterns' folder")?;
-    store.forget_sessions(authority.manager).await?;
+    let store = Store::connect(&url).await?;
+    bring_up(&store, authority.manager).await?;
+    let patterns = config.patterns.clone().unwrap_or_else(|| data.join("patterns"));
+    let blobs = Blobs::open(patterns, authority.manager).context("cannot open the patterns' folder")?;
+    anyhow::ensure!(
+        store.claim_fleet(authority.fleet).await?,
+        "the database belongs to another fleet than the authority in `{}`",
+        data.join("ca").display()
+    );
     let shown =
         Arc::new(tls::Shown::new(Arc::clone(&authority), config.hosts()).context("cannot set up TLS")?);
     let (agent_tls, admin_tls) = tls::configure(&authority, &shown).context("cannot set up TLS")?;
@@ -68,7 +76,10 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let ending = CancellationToken::new();
     let loops = TaskTracker::new();
     let nudge = Arc::new(Notify::new());
+    let ordered = Arc::new(Notify::new());
     let registry = Registry::new(Arc::clone(&nudge));
+    let peers = Peers::new(store.clone(), registry.clone(), authority.manager, config.addresses());
+    peers.enter().await?;
     let shared = Shared {
         store: store.clone(),
         intake: Intake::start(store.clone(), &config.limits, ending.clone()),
@@ -76,15 +87,16 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         meters: Meters::new(config.limits),
         authority: Arc::clone(&authority),
         manager: authority.manager,
-        addresses: config.addresses(),
+        addresses: peers.addresses(),
+        peers: peers.clone(),
         heartbeat: config.heartbeat,
         ending: ending.clone(),
     };
     let router = http::router(AppState {
         store: store.clone(),
         blobs: blobs.clone(),
-        nudge: Arc::clone(&nudge),
-        addresses: config.addresses(),
+        nudge: Arc::clone(&ordered),
+        addresses: peers.addresses(),
         ca_sha256: authority.digest(),
         manager: authority.manager,
         fleet: authority.fleet,
@@ -95,6 +107,9 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(listener::run(agents, port));
     loops.spawn(serve_admins(admins, admin_tls, router, ending.clone()));
     loops.spawn(tls::keep_fresh(shown, ending.clone()));
+    loops.spawn(peers.clone().beat(ending.clone()));
+    loops.spawn(peers.clone().listen(Arc::clone(&nudge), ending.clone()));
+    loops.spawn(peers.clone().pass_on(ordered, Arc::clone(&nudge), ending.clone()));
     loops.spawn(dispatch::run(store.clone(), registry.clone(), nudge, ending.clone()));
     loops.spawn(dispatch::sweep(store.clone(), registry.clone(), manager, ending.clone()));
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -117,7 +132,29 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         }
     })
     .await;
+    if let Ok(Err(error)) = timeout(DRAIN, peers.leave()).await {
+        tracing::warn!(%error, "Cannot say that this manager ends.");
+    }
     let _ = timeout(DRAIN, store.close()).await;
+    Ok(())
+}
+
+/// Brings the schema up to this program's, unless another manager still works with the older one.
+async fn bring_up(store: &Store, own: ManagerId) -> anyhow::Result<()> {
+    let (found, known) = (store.known_schema().await?, Version::of_this_program());
+    if found == known {
+        return Ok(());
+    }
+    let managers = store.managers_of_any_schema().await?;
+    if let Some(other) = managers.iter().find(|row| row.is_up && row.id != own) {
+        anyhow::bail!(
+            "the database has the older schema `{found}`, and the manager {} works with it: stop that one first; if \
+             it does not run any more, `tm-manager migrate` brings the schema to `{known}`",
+            other.id
+        );
+    }
+    store.migrate().await?;
+    tracing::info!(from = %found, to = %known, "The database has this version's schema.");
     Ok(())
 }
 

@@ -130,10 +130,12 @@ impl Drop for Background {
     }
 }
 
-/// Whether a program is on the search path (or where administrators' programs lie).
+/// Whether a program is on the search path (or where administrators' programs and database servers lie).
 pub(crate) fn is_installed(program: impl AsRef<OsStr>) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
+    let servers = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     env::split_paths(&path)
         .chain(["/usr/sbin".into(), "/sbin".into()])
+        .chain(servers.map(|version| version.path().join("bin")))
         .any(|folder| folder.join(program.as_ref()).is_file())
 }

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use crate::programs;
 
 /// A program that tests need, the package it comes in, and what cannot run without it.
-const NEEDED: [(&str, &str, &str); 15] = [
+const NEEDED: [(&str, &str, &str); 16] = [
     ("strace", "strace", "tests that watch or fail single system calls"),
     ("nft", "nftables", "tests of network rules"),
     ("faketime", "faketime", "tests with a wrong clock"),
@@ -21,6 +21,7 @@ const NEEDED: [(&str, &str, &str); 15] = [
     ("ip", "iproute2", "tests in network namespaces"),
     ("yara", "yara", "the test that compares hits with those of yara"),
     ("sqlite3", "sqlite3", "the test that tampers with the audit log"),
+    ("initdb", "postgresql", "tests of the manager on PostgreSQL"),
     ("python3", "python3-venv", "the test that compares hits with those of other engines"),
     ("7z", "p7zip-full", "tests of archives that 7-Zip makes"),
     ("gcab", "gcab", "tests of cabinets that gcab makes"),
@@ -34,13 +35,15 @@ const NEEDED: [(&str, &str, &str); 15] = [
 /// Other YARA engines that hits are compared with, as packages of Python.
 const ORACLES: [&str; 2] = ["yara-python", "yara-x"];
 
+/// Packages whose tests are run: all.
+const EVERYTHING: &str = "*";
+
 /// Runs everything; the code is the test runner's.
 pub(crate) fn run(long: bool) -> ExitCode {
     let begin = Instant::now();
     let ended = install_missing().and_then(|()| build()).and_then(|()| {
-        let compared = compare(long, oracles()?.as_deref())?;
-        let all = tests(long)?;
-        Ok(if all.success() { compared } else { all })
+        let parts = [compare(long, oracles()?.as_deref())?, on_postgres(long)?, tests(long)?];
+        Ok(parts.into_iter().find(|part| !part.success()).unwrap_or_default())
     });
     let elapsed = begin.elapsed().as_secs();
     match ended {
@@ -139,7 +142,7 @@ fn oracles() -> anyhow::Result<Option<PathBuf>> {
 /// Compares hits with those of other engines. This is apart from the other tests, which nothing needs to be
 /// installed for beside the packages above.
 fn compare(long: bool, python: Option<&Path>) -> anyhow::Result<ExitStatus> {
-    let mut cargo = runner()?;
+    let mut cargo = runner(EVERYTHING)?;
     if has_nextest()? {
         cargo.args(["--run-ignored", "only", "-E", "test(hits_are_those_of_other_engines)"]);
     } else {
@@ -154,8 +157,22 @@ fn compare(long: bool, python: Option<&Path>) -> anyhow::Result<ExitStatus> {
     cargo.status().context("cannot run the tests")
 }
 
+/// Runs the manager's own tests, which the whole run tries on SQLite, on a throwaway PostgreSQL. Where there is
+/// none, and where no test asked for it, this fails.
+fn on_postgres(long: bool) -> anyhow::Result<ExitStatus> {
+    eprintln!("The manager's tests on PostgreSQL:");
+    let mut command = Command::new(programs::path("tm-postgres")?);
+    command.current_dir(programs::root()?);
+    let cargo = runner("tm-manager")?;
+    command.arg(cargo.get_program()).args(cargo.get_args());
+    if long {
+        command.env("TM_TEST_LONG", "1");
+    }
+    command.status().context("cannot run the tests")
+}
+
 fn tests(long: bool) -> anyhow::Result<ExitStatus> {
-    let mut cargo = runner()?;
+    let mut cargo = runner(EVERYTHING)?;
     if long {
         cargo.env("TM_TEST_LONG", "1");
     }
@@ -167,14 +184,15 @@ fn has_nextest() -> anyhow::Result<bool> {
         || programs::cargo()?.args(["nextest", "--version"]).output().is_ok_and(|out| out.status.success()))
 }
 
-/// What runs the tests of all crates.
-fn runner() -> anyhow::Result<Command> {
+/// What runs the tests of the packages whose names fit a pattern.
+fn runner(packages: &str) -> anyhow::Result<Command> {
     let mut cargo = programs::cargo()?;
     if has_nextest()? {
-        cargo.args(["nextest", "run", "--workspace", "--locked"]);
+        cargo.args(["nextest", "run", "--locked"]);
     } else {
         eprintln!("cargo-nextest is not here; using cargo test");
-        cargo.args(["test", "--workspace", "--locked", "--all-targets", "--no-fail-fast"]);
+        cargo.args(["test", "--locked", "--all-targets", "--no-fail-fast"]);
     }
+    cargo.args(if packages == EVERYTHING { vec!["--workspace"] } else { vec!["-p", packages] });
     Ok(cargo)
 }

@@ -15,6 +15,7 @@ mod hostile_rules;
 mod known;
 mod link;
 mod local;
+mod managers;
 mod memory;
 mod names;
 mod progress;

@@ -67,7 +67,39 @@ impl Lab {
         (lab.started(), proxy)
     }
 
+    /// Starts a manager whose database and patterns others can share.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_shared(database: &str, patterns: &Path) -> Self {
+        let shared =
+            [OsStr::new("--database"), OsStr::new(database), "--patterns".as_ref(), patterns.as_ref()];
+        Self::prepare_with(&shared).started()
+    }
+
+    /// Starts another manager of the same fleet, on what the first one shares.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn join(&self, database: &str, patterns: &Path) -> Self {
+        let ca = self.manager_data().join("ca");
+        let shared =
+            [OsStr::new("--database"), OsStr::new(database), "--patterns".as_ref(), patterns.as_ref()];
+        let lab = Self::prepare_with(&[&shared[..], &["--join".as_ref(), ca.as_ref()]].concat());
+        let profile = fs::read_to_string(self.profile()).expect("init writes the profile");
+        let (own, other) = (self.admin_port.to_string(), lab.admin_port.to_string());
+        assert!(profile.contains(&own), "{profile}");
+        fs::write(lab.profile(), profile.replace(&own, &other)).expect("the lab's folder is writable");
+        fs::set_permissions(lab.profile(), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+            .expect("a file's mode can be set");
+        lab.started()
+    }
+
     fn prepare() -> Self {
+        Self::prepare_with(&[])
+    }
+
+    fn prepare_with(more: &[&OsStr]) -> Self {
         let folder = tempfile::Builder::new().prefix("tm-test-").tempdir().expect("temporary folders work");
         let (agent_port, admin_port) = free_ports();
         let lab = Self { manager: None, folder, agents: AtomicU32::new(0), agent_port, admin_port };
@@ -75,6 +107,7 @@ impl Lab {
             .args(["init", "--public-name", "127.0.0.1", "--agent-listen", &agent_port.to_string()])
             .args(["--admin-listen", &admin_port.to_string(), "--data"])
             .arg(lab.manager_data())
+            .args(more)
             .output()
             .expect("programs can be run");
         Output::from(init).expect(0);
@@ -133,6 +166,18 @@ impl Lab {
     /// Stops the manager in order and starts it again.
     pub fn restart_manager(&mut self) {
         self.stop_manager();
+        self.serve();
+    }
+
+    /// Ends the manager at once.
+    pub fn kill9_manager_for_good(&mut self) {
+        if let Some(mut manager) = self.manager.take() {
+            manager.kill9();
+        }
+    }
+
+    /// Starts the manager after it was ended.
+    pub fn start_manager(&mut self) {
         self.serve();
     }
 

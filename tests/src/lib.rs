@@ -10,6 +10,7 @@ pub mod fault_proxy;
 pub mod fuse;
 pub mod lab;
 pub mod output;
+pub mod postgres;
 pub mod process;
 pub mod raw;
 pub mod samples;

@@ -121,6 +121,14 @@ impl SimAgent {
     /// # Panics
     /// Outside of a runtime.
     pub fn start(persona: Persona, at: SocketAddr, script: Script) -> Self {
+        Self::start_at(persona, vec![at], script)
+    }
+
+    /// The same with several managers to go to, in order, again and again.
+    ///
+    /// # Panics
+    /// Outside of a runtime.
+    pub fn start_at(persona: Persona, at: Vec<SocketAddr>, script: Script) -> Self {
         let state = State { inventory: Some(persona.inventory()), ..State::default() };
         let shared = Arc::new(Shared { state: Mutex::new(state), wake: Notify::new(), script });
         let ending = CancellationToken::new();
@@ -128,7 +136,7 @@ impl SimAgent {
         let (inner, who) = (Arc::clone(&shared), persona.clone());
         tokio::spawn(async move {
             tokio::select! {
-                () = live(&who, at, &inner) => {}
+                () = live(&who, &at, &inner) => {}
                 () = ending.cancelled() => {}
             }
         });
@@ -247,9 +255,9 @@ impl State {
 }
 
 /// Connects, again and again.
-async fn live(persona: &Persona, at: SocketAddr, shared: &Shared) {
+async fn live(persona: &Persona, at: &[SocketAddr], shared: &Shared) {
     let mut attempt = 0_u64;
-    loop {
+    for at in at.iter().copied().cycle() {
         attempt += 1;
         let ended = session(persona, at, shared).await;
         {

@@ -23,6 +23,7 @@ use tm_protocol::{
     ids::{EndpointId, FleetId, ManagerId, Sha256},
 };
 use uuid::Uuid;
+use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
 
 use crate::store::certificates::NewCertificate;
 
@@ -106,7 +107,22 @@ impl Authority {
         Self::load(folder, DEFAULT_LIFE)
     }
 
-    /// Reads the authority that [`Authority::create`] made. What it signs is good for `life`.
+    /// Makes a place for another manager of the fleet in `folder`, which must not exist, with the authority of `from`.
+    pub(crate) fn join(folder: &Path, from: &Path) -> Result<Self, CaError> {
+        let existing = Self::load(from, DEFAULT_LIFE)?;
+        let file = |source| CaError::File { path: folder.display().to_string(), source };
+        fs::DirBuilder::new().mode(0o700).create(folder).map_err(file)?;
+        for name in ["key.der", "certificate.der"] {
+            let bytes = fs::read(from.join(name))
+                .map_err(|source| CaError::File { path: from.join(name).display().to_string(), source })?;
+            write(folder, name, &bytes).map_err(file)?;
+        }
+        let ids = serde_json::json!({ "fleet": existing.fleet, "manager": ManagerId::new(Uuid::now_v7()) });
+        write(folder, "ids.json", ids.to_string().as_bytes()).map_err(file)?;
+        Self::load(folder, DEFAULT_LIFE)
+    }
+
+    /// Reads the authority that [`Authority::create`] or [`Authority::join`] made. What it signs is good for `life`.
     pub(crate) fn load(folder: &Path, life: Duration) -> Result<Self, CaError> {
         #[derive(serde::Deserialize)]
         struct Ids {
@@ -121,6 +137,10 @@ impl Authority {
         let certificate = CertificateDer::from(read("certificate.der")?);
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(read("key.der")?));
         let key = KeyPair::try_from(&key).map_err(|_| CaError::Damaged)?;
+        let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|_| CaError::Damaged)?;
+        if parsed.public_key().raw != key.subject_public_key_info() {
+            return Err(CaError::Damaged);
+        }
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|_| CaError::Damaged)?;
         Ok(Self { fleet: ids.fleet, manager: ids.manager, life, certificate, issuer })
     }

@@ -8,6 +8,7 @@ pub(crate) mod enrollment;
 pub(crate) mod intake;
 pub(crate) mod listener;
 pub(crate) mod meter;
+pub(crate) mod peers;
 pub(crate) mod registry;
 pub(crate) mod renewal;
 pub(crate) mod session;

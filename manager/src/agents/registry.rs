@@ -94,6 +94,20 @@ impl Registry {
         inner.sessions.get(&endpoint).is_none_or(|handle| handle.outbox.try_send(Command::ShutOut).is_ok())
     }
 
+    /// Ends a session that is older than the `epoch`th of its endpoint: that one stands elsewhere.
+    pub(crate) fn give_way(&self, endpoint: EndpointId, epoch: i64) {
+        let inner = self.lock();
+        if let Some(older) = inner.sessions.get(&endpoint).filter(|handle| handle.epoch < epoch) {
+            // A full outbox belongs to a session that is stuck; its own time-out ends it.
+            let _ = older.outbox.try_send(Command::GiveWay);
+        }
+    }
+
+    /// Every session here: whose, and the number that its endpoint's row counted for it.
+    pub(crate) fn sessions(&self) -> Vec<(EndpointId, i64)> {
+        self.lock().sessions.iter().map(|(endpoint, handle)| (*endpoint, handle.epoch)).collect()
+    }
+
     /// Everyone who is connected here.
     pub(crate) fn connected(&self) -> Vec<EndpointId> {
         self.lock().sessions.keys().copied().collect()

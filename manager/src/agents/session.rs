@@ -9,7 +9,6 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 use bytes::BytesMut;
 use tm_protocol::{
     VERSION,
-    address::Address,
     ids::{EndpointId, ManagerId},
     message::{
         Goodbye, Hello, Notices, NoticesStored, Ping, Pong, Renewed, Report, ReportBody, ReportStored,
@@ -29,19 +28,22 @@ use super::{
     ca::Authority,
     intake::{Failed, Intake, Lane, inventory_rows},
     meter::{Cost, Meter, Meters},
-    now_ms, read, read_any,
+    now_ms,
+    peers::Peers,
+    read, read_any,
     registry::{Command, Registry},
     renewal, write,
 };
-use crate::store::{
-    Store,
-    streams::{Counts, HandedIn, last},
+use crate::{
+    addresses::Addresses,
+    store::{
+        Store,
+        streams::{Counts, HandedIn, last},
+    },
 };
 
 /// How long a new link may take to say hello.
 const HELLO: Duration = Duration::from_secs(10);
-/// How long an older session has to prove that it is alive when its identity appears again.
-const PROOF: Duration = Duration::from_secs(5);
 /// Highest number of a stream: what the store can count to.
 const LAST_NUMBER: u64 = i64::MAX.unsigned_abs();
 /// Longest silence.
@@ -56,7 +58,8 @@ pub(crate) struct Shared {
     pub(crate) meters: Meters,
     pub(crate) authority: Arc<Authority>,
     pub(crate) manager: ManagerId,
-    pub(crate) addresses: Vec<Address>,
+    pub(crate) addresses: Addresses,
+    pub(crate) peers: Peers,
     pub(crate) heartbeat: Duration,
     pub(crate) ending: CancellationToken,
 }
@@ -103,7 +106,7 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
         return Err(goodbye(link, failure, 10_000).await);
     };
     sleep(wait).await;
-    if is_elsewhere(endpoint, &hello, &shared.registry).await {
+    if shared.peers.is_held(endpoint, hello.process_nonce).await.map_err(LinkError::Store)? {
         if meter.may_log(Instant::now().into_std()) {
             tracing::warn!(%endpoint, "Two agents use one identity; the newer is sent away.");
         }
@@ -122,10 +125,13 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
         manager_version: env!("CARGO_PKG_VERSION").to_owned(),
         clock_ms: now_ms(),
         heartbeat_ms: u32::try_from(shared.heartbeat.as_millis()).unwrap_or(u32::MAX),
-        addresses: shared.addresses.clone(),
+        addresses: shared.addresses.get(),
         stored_through: opened.stored.reports,
         notices_through: opened.stored.notices,
     };
+    if opened.was_elsewhere.is_some() {
+        shared.peers.moved(endpoint, opened.epoch).await;
+    }
     let mut commands = shared.registry.enter(endpoint, opened.epoch, hello.process_nonce);
     drop(turn);
     let ended = async {
@@ -349,19 +355,6 @@ fn go_on(notices: &Notices, handed: u64) -> Result<bool, LinkError> {
         return Err(LinkError::Protocol("notices have no number"));
     }
     Ok(last(notices) > handed)
-}
-
-/// Whether another process holds this identity and answers. The same process coming back is never another.
-async fn is_elsewhere(endpoint: EndpointId, hello: &Hello, registry: &Registry) -> bool {
-    let Some((older, nonce)) = registry.standing(endpoint) else { return false };
-    if nonce == hello.process_nonce {
-        return false;
-    }
-    let (answer, answered) = oneshot::channel();
-    if older.try_send(Command::AreYouThere(answer)).is_err() {
-        return false;
-    }
-    matches!(timeout(PROOF, answered).await, Ok(Ok(())))
 }
 
 /// Texts of a hello that no honest agent makes so long.

@@ -32,16 +32,14 @@ use axum::{
     routing::{MethodFilter, MethodRouter, on},
 };
 use tm_api::{Page, account::Role, error::Code};
-use tm_protocol::{
-    address::Address,
-    ids::{FleetId, ManagerId, Sha256},
-};
+use tm_protocol::ids::{FleetId, ManagerId, Sha256};
 use tm_scanner::pool::WorkerProgram;
 use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLayer};
 
 use self::error::{Error, quoted};
 use crate::{
     access::{self, Permission},
+    addresses::Addresses,
     patterns::Blobs,
     store::Store,
 };
@@ -60,7 +58,7 @@ pub(crate) struct AppState {
     /// Wakes the dispatcher; carries no data.
     pub(crate) nudge: Arc<tokio::sync::Notify>,
     /// The managers' addresses, as enrollment tokens name them.
-    pub(crate) addresses: Vec<Address>,
+    pub(crate) addresses: Addresses,
     /// The digest of the CA certificate, as enrollment tokens name it.
     pub(crate) ca_sha256: Sha256,
     pub(crate) manager: ManagerId,

@@ -39,9 +39,13 @@ impl Lab {
         }
         let state = AppState {
             store,
-            blobs: Blobs::open(folder.path().join("patterns")).unwrap(),
+            blobs: Blobs::open(
+                folder.path().join("patterns"),
+                tm_protocol::ids::ManagerId::new(uuid::Uuid::nil()),
+            )
+            .unwrap(),
             nudge: Arc::default(),
-            addresses: vec!["manager.example:4711".parse().unwrap()],
+            addresses: Addresses::new(vec!["manager.example:4711".parse().unwrap()]),
             ca_sha256: Sha256::new([9; 32]),
             manager: ManagerId::new(Uuid::from_u128(1)),
             fleet: FleetId::new(Uuid::from_u128(2)),
@@ -209,7 +213,7 @@ async fn an_enrollment_token_says_where_and_whom_to_trust() {
     }
     let made = lab.ask(Method::POST, "/v1/tokens", wish(3, 60)).await;
     let token: EnrollmentToken = made.body["token"].as_str().unwrap().parse().unwrap();
-    assert_eq!((token.addresses, token.ca), (lab.state.addresses.clone(), lab.state.ca_sha256));
+    assert_eq!((token.addresses, token.ca), (lab.state.addresses.get(), lab.state.ca_sha256));
     let stored = lab.state.store.tokens().await.unwrap();
     assert_eq!((stored.len(), stored[0].uses), (1, 3));
     let path = format!("/v1/tokens/{}", stored[0].id);

@@ -32,7 +32,8 @@ pub(crate) async fn create(
         Ok(seconds @ 60..=31_536_000) => seconds * 1000,
         _ => return Err(Error::invalid("an enrollment token is good for 60 to 31,536,000 seconds")),
     };
-    if state.addresses.is_empty() {
+    let addresses = state.addresses.get();
+    if addresses.is_empty() {
         return Err(Error::new(
             Code::Conflict,
             "the manager does not know an address that agents reach it at",
@@ -41,8 +42,7 @@ pub(crate) async fn create(
     }
     let secret: [u8; 32] = rand::random();
     let digest = Sha256::of(&secret);
-    let token =
-        EnrollmentToken { addresses: state.addresses.clone(), ca: state.ca_sha256, secret: secret.into() };
+    let token = EnrollmentToken { addresses, ca: state.ca_sha256, secret: secret.into() };
     let created_ms = now_ms();
     let row = TokenRow {
         id: TokenId::new(Uuid::now_v7()),

@@ -152,7 +152,9 @@ mod tests {
     #[tokio::test]
     async fn known_bytes_are_not_tried_again_and_keep_their_name() {
         let (store, folder) = scratch().await;
-        let blobs = Blobs::open(folder.path().join("patterns")).unwrap();
+        let blobs =
+            Blobs::open(folder.path().join("patterns"), tm_protocol::ids::ManagerId::new(uuid::Uuid::nil()))
+                .unwrap();
         // A worker that cannot start proves that none was needed.
         let worker = WorkerProgram { path: "/nonexistent/worker".into(), args: Vec::new() };
         let text = b"rule a { condition: true }".to_vec();
@@ -182,7 +184,9 @@ mod tests {
     #[tokio::test]
     async fn a_list_is_known_by_its_entries() {
         let (store, folder) = scratch().await;
-        let blobs = Blobs::open(folder.path().join("patterns")).unwrap();
+        let blobs =
+            Blobs::open(folder.path().join("patterns"), tm_protocol::ids::ManagerId::new(uuid::Uuid::nil()))
+                .unwrap();
         let worker = WorkerProgram { path: "/nonexistent/worker".into(), args: Vec::new() };
         let rooms = (&store, &blobs, &worker);
         let (a, b) = ("0a".repeat(32), "0b".repeat(16));

@@ -66,7 +66,7 @@ impl Store {
         actor: &str,
         now_ms: i64,
     ) -> Result<Option<AccountRow>, StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         let made = sqlx::query(
             "INSERT INTO account (name, role, token_digest, created_ms) VALUES ($1, $2, $3, $4)
              ON CONFLICT (name) DO NOTHING",
@@ -146,7 +146,7 @@ impl Store {
         actor: &str,
         now_ms: i64,
     ) -> Result<Option<AccountRow>, StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         sqlx::query("UPDATE account SET token_digest = $1 WHERE name = $2")
             .bind(token_digest.to_string())
             .bind(name.to_owned())
@@ -175,7 +175,7 @@ impl Store {
         actor: &str,
         now_ms: i64,
     ) -> Result<Deletion, StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         // First, because it makes concurrent changes queue up: two administrators who delete each other at
         // once must not both pass the check below.
         let entry =

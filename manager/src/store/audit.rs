@@ -20,11 +20,24 @@ pub(crate) struct Entry<'a> {
     pub(crate) at_ms: i64,
 }
 
+/// Makes every other transaction that appends wait for this one.
+///
+/// # Errors
+/// If the database refuses.
+pub(super) async fn hold(tx: &mut Tx) -> Result<(), StoreError> {
+    sqlx::query("UPDATE counter SET value = value WHERE name = 'audit'")
+        .execute(&mut **tx)
+        .await
+        .map_err(StoreError::query("hold the audit log"))?;
+    Ok(())
+}
+
 /// Appends one record to the chain, inside the transaction of what it records.
 ///
 /// # Errors
 /// If the database refuses; the whole transaction is then void.
 pub(crate) async fn append(tx: &mut Tx, entry: Entry<'_>) -> Result<(), StoreError> {
+    hold(tx).await?;
     let newest = sqlx::query("SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1")
         .fetch_optional(&mut **tx)
         .await
@@ -44,7 +57,6 @@ pub(crate) async fn append(tx: &mut Tx, entry: Entry<'_>) -> Result<(), StoreErr
         hash: AuditRecord::GENESIS,
     };
     record.hash = record.expected_hash();
-    // Two managers that append at once collide on the key; the second transaction fails and is tried again.
     sqlx::query(
         "INSERT INTO audit (sequence, at_ms, actor, action, subject, detail, previous, hash)
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",

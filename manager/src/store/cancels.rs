@@ -36,7 +36,7 @@ impl Store {
         now_ms: i64,
     ) -> Result<Cancelled, StoreError> {
         let Some(known) = self.task(id).await? else { return Ok(Cancelled::Unknown) };
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         outcomes::lock(&mut tx, known.endpoint).await?;
         let marked = sqlx::query(
             "UPDATE task SET cancel_ms = $2

@@ -86,7 +86,7 @@ impl Store {
         wish: &CleanupWish<'_>,
         now_ms: i64,
     ) -> Result<Result<Vec<TaskRow>, CleanupRefusal>, StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         let chosen = match choose(&mut tx, wish).await? {
             Ok(chosen) => chosen,
             Err(refusal) => return Ok(Err(refusal)),

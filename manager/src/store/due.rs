@@ -176,8 +176,11 @@ impl Store {
             let mut tx = self.begin().await?;
             let late = late(&mut tx, now_ms).await?;
             let mut moved = 0;
+            // All rows of endpoints, in order, before the event log's counter: as whoever stores reports does.
             for task in &late {
                 outcomes::lock(&mut tx, task.endpoint).await?;
+            }
+            for task in &late {
                 // As it is now that nobody else can move it.
                 let Some(head) = outcomes::head(&mut tx, task.endpoint, task.id).await? else { continue };
                 let end = match (head.state, task.was_sent) {

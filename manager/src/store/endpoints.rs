@@ -144,7 +144,7 @@ impl Store {
         actor: &str,
         now_ms: i64,
     ) -> Result<(), StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         sqlx::query("UPDATE endpoint SET group_name = $1 WHERE id = $2")
             .bind(group.to_owned())
             .bind(endpoint.id.to_string())

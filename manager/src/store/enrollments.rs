@@ -47,7 +47,7 @@ impl Store {
         new: NewEndpoint<'_>,
         now_ms: i64,
     ) -> Result<Result<(), TokenRefusal>, StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         let row = sqlx::query(
             "SELECT id, group_name, uses, used, expires_ms, revoked_ms FROM enrollment_token WHERE secret_digest = $1",
         )

@@ -10,6 +10,7 @@
 
 pub(crate) mod accounts;
 pub(crate) mod audit;
+pub(crate) mod calls;
 pub(crate) mod cancels;
 pub(crate) mod certificates;
 pub(crate) mod cleanups;
@@ -21,6 +22,7 @@ pub(crate) mod enrollments;
 pub(crate) mod events;
 pub(crate) mod incidents;
 pub(crate) mod items;
+pub(crate) mod managers;
 mod notices;
 mod outcomes;
 pub(crate) mod overview;
@@ -28,6 +30,7 @@ pub(crate) mod patterns;
 pub(crate) mod receipts;
 pub(crate) mod reports;
 pub(crate) mod restores;
+pub(crate) mod schema;
 pub(crate) mod sessions;
 mod specs;
 pub(crate) mod streams;
@@ -41,7 +44,7 @@ mod story;
 use std::{str::FromStr as _, time::Duration};
 
 use sqlx::{
-    Any, AnyPool, Connection as _, Executor as _, Transaction,
+    Any, AnyPool, Connection as _, Executor as _, PgPool, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
 use tm_protocol::report::Failure;
@@ -63,6 +66,8 @@ pub(crate) struct Store {
     engine: Engine,
     read: AnyPool,
     write: AnyPool,
+    /// For what only PostgreSQL has.
+    calls: Option<PgPool>,
 }
 
 /// Which database is behind the pools.
@@ -84,6 +89,11 @@ pub(crate) enum StoreError {
     Open(#[source] sqlx::Error),
     #[error("cannot bring the database up to this version's schema")]
     Migrate(#[source] sqlx::migrate::MigrateError),
+    #[error(
+        "the database was made by a newer version of this program: its schema is `{found}`, and this version knows \
+         them up to `{known}`"
+    )]
+    Newer { found: String, known: String },
     #[error("cannot {what}")]
     Query { what: &'static str, source: sqlx::Error },
     #[error("the database holds a {what} that this version cannot read: {value}")]
@@ -115,18 +125,28 @@ impl StoreError {
                                 .any(|class| code.len() == 5 && code.starts_with(class))
                     })
             }
-            Self::Address(_) | Self::Migrate(_) | Self::Content { .. } => false,
+            Self::Address(_) | Self::Migrate(_) | Self::Newer { .. } | Self::Content { .. } => false,
         }
     }
 }
 
 impl Store {
-    /// Opens the database at `url` (`sqlite:PATH` or `postgres://…`), creating an SQLite file and the
-    /// schema where they are missing.
+    /// Opens the database at `url` (`sqlite:PATH` or `postgres://…`) and brings its schema up to this program's,
+    /// creating an SQLite file where it is missing.
     ///
     /// # Errors
-    /// If the address is not one, the database cannot be reached, or its schema cannot be brought up to date.
+    /// If the address is not one, the database cannot be reached, or its schema is newer or cannot be brought up.
     pub(crate) async fn open(url: &str) -> Result<Self, StoreError> {
+        let store = Self::connect(url).await?;
+        store.migrate().await?;
+        Ok(store)
+    }
+
+    /// Opens the database as it is. Until [`Store::migrate`] it may have an older schema.
+    ///
+    /// # Errors
+    /// If the address is not one, or the database cannot be reached.
+    pub(crate) async fn connect(url: &str) -> Result<Self, StoreError> {
         sqlx::any::install_default_drivers();
         let engine = match url.split(':').next() {
             Some("sqlite") => Engine::Sqlite,
@@ -166,12 +186,15 @@ impl Store {
                 pool(READERS).connect_with(options.clone()).await.map_err(StoreError::Open)?
             }
         };
-        MIGRATIONS.run(&write).await.map_err(StoreError::Migrate)?;
         let read = match engine {
             Engine::Sqlite => pool(READERS).connect_with(options).await.map_err(StoreError::Open)?,
             Engine::Postgres => write.clone(),
         };
-        Ok(Self { engine, read, write })
+        let calls = match engine {
+            Engine::Sqlite => None,
+            Engine::Postgres => Some(calls::pool(url).map_err(StoreError::Open)?),
+        };
+        Ok(Self { engine, read, write, calls })
     }
 
     /// The pool for statements that only read.
@@ -191,6 +214,17 @@ impl Store {
         self.write.begin_with(statement).await.map_err(StoreError::query("begin a transaction"))
     }
 
+    /// Begins a transaction that appends to the audit log. There is one at a time, on PostgreSQL too: it waits here,
+    /// before it holds anything, so that no two of them wait for each other.
+    ///
+    /// # Errors
+    /// As [`Store::begin`].
+    pub(crate) async fn begin_audited(&self) -> Result<Tx, StoreError> {
+        let mut tx = self.begin().await?;
+        audit::hold(&mut tx).await?;
+        Ok(tx)
+    }
+
     /// Commits, durably.
     ///
     /// # Errors
@@ -201,6 +235,9 @@ impl Store {
 
     /// Lets running statements end and closes every connection.
     pub(crate) async fn close(&self) {
+        if let Some(calls) = &self.calls {
+            calls.close().await;
+        }
         self.read.close().await;
         self.write.close().await;
     }
@@ -226,9 +263,15 @@ fn agent_failure(failure: &Failure) -> Failure {
 pub(crate) mod tests {
     use super::*;
 
-    /// A store of its own: on a file, or with `TM_TEST_POSTGRES` (the address of a server, without a database) in
-    /// a new database there. The folder lives as long as the guard.
+    /// A store of its own. The folder lives as long as the guard.
     pub(crate) async fn scratch() -> (Store, tempfile::TempDir) {
+        let (url, folder) = place().await;
+        (Store::open(&url).await.expect("a fresh store opens"), folder)
+    }
+
+    /// A place for a store: a file, or with `TM_TEST_POSTGRES` (the address of a server, without a database) a new
+    /// database there.
+    pub(crate) async fn place() -> (String, tempfile::TempDir) {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let url = match std::env::var("TM_TEST_POSTGRES") {
             Err(_) => format!("sqlite:{}", folder.path().join("store.db").display()),
@@ -242,7 +285,7 @@ pub(crate) mod tests {
                 format!("{server}/{name}")
             }
         };
-        (Store::open(&url).await.expect("a fresh store opens"), folder)
+        (url, folder)
     }
 
     /// Whether a test of what only SQLite has can run.
@@ -252,9 +295,10 @@ pub(crate) mod tests {
 
     #[tokio::test]
     async fn a_store_opens_twice_and_refuses_other_addresses() {
-        let (store, folder) = scratch().await;
-        store.close().await;
-        Store::open(&format!("sqlite:{}", folder.path().join("store.db").display())).await.unwrap();
+        let (url, _folder) = place().await;
+        for _ in 0..2 {
+            Store::open(&url).await.unwrap().close().await;
+        }
         assert!(
             matches!(Store::open("mysql://user:secret@host/db").await, Err(StoreError::Address(a)) if a == "host/db")
         );

@@ -77,7 +77,7 @@ impl Store {
         now_ms: i64,
     ) -> Result<Import, StoreError> {
         let PatternRef { sha256, size, name } = &new.reference;
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         let known = sqlx::query(AssertSqlSafe(format!("{SELECT} WHERE sha256 = $1")))
             .bind(sha256.to_string())
             .fetch_optional(&mut *tx)

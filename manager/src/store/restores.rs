@@ -63,7 +63,7 @@ impl Store {
         now_ms: i64,
     ) -> Result<Result<Vec<TaskRow>, RestoreRefusal>, StoreError> {
         let mut holders: BTreeMap<EndpointId, Vec<VaultId>> = BTreeMap::new();
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         for item in wish.items {
             match holder(&mut tx, *item).await? {
                 Some(endpoint) => holders.entry(endpoint).or_default().push(*item),

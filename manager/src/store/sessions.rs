@@ -11,7 +11,7 @@ use tm_protocol::{
 };
 
 use super::{
-    Store, StoreError, Tx,
+    Store, StoreError, Tx, outcomes,
     streams::{Counts, unsigned},
 };
 
@@ -22,10 +22,12 @@ const MOST_DISKS: usize = 256;
 const MOST_TEXT: usize = 256;
 
 /// What an opened session begins with.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Opened {
     /// Counts this endpoint's sessions.
     pub(crate) epoch: i64,
+    /// The other manager that held a session of this endpoint until now.
+    pub(crate) was_elsewhere: Option<String>,
     /// What of the agent's streams is stored.
     pub(crate) stored: Counts,
 }
@@ -43,17 +45,6 @@ struct InventoryRow<'a> {
 }
 
 impl Store {
-    /// Nobody is connected to a manager that has just started.
-    pub(crate) async fn forget_sessions(&self, manager: ManagerId) -> Result<(), StoreError> {
-        let mut tx = self.begin().await?;
-        sqlx::query("UPDATE endpoint SET manager_id = NULL WHERE manager_id = $1")
-            .bind(manager.to_string())
-            .execute(&mut *tx)
-            .await
-            .map_err(StoreError::query("forget old sessions"))?;
-        Self::commit(tx).await
-    }
-
     /// Notes a new session.
     pub(crate) async fn open_session(
         &self,
@@ -63,6 +54,15 @@ impl Store {
         now_ms: i64,
     ) -> Result<Opened, StoreError> {
         let mut tx = self.begin().await?;
+        let id = endpoint.to_string();
+        outcomes::lock(&mut tx, endpoint).await?;
+        let was_elsewhere = sqlx::query("SELECT manager_id FROM endpoint WHERE id = $1 AND manager_id <> $2")
+            .bind(id.as_str())
+            .bind(manager.to_string())
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(StoreError::query("look where an endpoint is connected"))?
+            .map(|row| row.get(0));
         let failure = hello.last_failure.as_ref();
         let kinds = serde_json::to_string(&hello.task_kinds).unwrap_or_else(|_| "[]".to_owned());
         let stream = hello.stream.to_string();
@@ -88,7 +88,7 @@ impl Store {
         .await
         .map_err(StoreError::query("open a session"))?;
         let stored = Counts { reports: unsigned(row.get(1)), notices: unsigned(row.get(2)) };
-        let opened = Opened { epoch: row.get(0), stored };
+        let opened = Opened { epoch: row.get(0), was_elsewhere, stored };
         Self::commit(tx).await?;
         Ok(opened)
     }

@@ -102,16 +102,33 @@ impl Store {
     ) -> Result<Vec<Taken>, StoreError> {
         let mut tx = self.begin().await?;
         let mut taken = Vec::with_capacity(parcels.len());
+        // All rows of endpoints come before anything else that is held until the commit (the event log's counter):
+        // two managers must not wait for each other.
+        let mut counted = Vec::with_capacity(parcels.len());
         for parcel in parcels {
-            taken.push(take(&mut tx, parcel, most_detections, now_ms).await?);
+            counted.push(count(&mut tx, parcel).await?);
+        }
+        for (parcel, before) in parcels.iter().zip(counted) {
+            taken.push(match before {
+                Some(before) => {
+                    take(&mut tx, parcel, before, most_detections, now_ms).await?;
+                    Taken::Stored
+                }
+                None => Taken::Superseded,
+            });
         }
         Self::commit(tx).await?;
         Ok(taken)
     }
 }
 
-async fn take(tx: &mut Tx, parcel: &Parcel, most_detections: i64, now_ms: i64) -> Result<Taken, StoreError> {
-    let Some(before) = count(tx, parcel).await? else { return Ok(Taken::Superseded) };
+async fn take(
+    tx: &mut Tx,
+    parcel: &Parcel,
+    before: Counts,
+    most_detections: i64,
+    now_ms: i64,
+) -> Result<(), StoreError> {
     for item in &parcel.items {
         match item {
             HandedIn::Report(report) if report.sequence > before.reports => {
@@ -130,7 +147,7 @@ async fn take(tx: &mut Tx, parcel: &Parcel, most_detections: i64, now_ms: i64) -
     if let Some(facts) = &parcel.inventory {
         sessions::replace_inventory(tx, parcel.endpoint, facts).await?;
     }
-    Ok(Taken::Stored)
+    Ok(())
 }
 
 /// Moves the counts to where the parcel ends; where they were, or `None` if a newer session stands. The row

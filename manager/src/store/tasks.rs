@@ -166,7 +166,7 @@ impl Store {
         now_ms: i64,
     ) -> Result<Vec<TaskRow>, StoreError> {
         let spec = specs::to_json(order.spec);
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         let mut rows = Vec::with_capacity(recipients.len());
         for recipient in recipients {
             rows.push(insert(&mut tx, order, &spec, recipient, now_ms).await?);

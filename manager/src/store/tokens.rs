@@ -47,7 +47,7 @@ impl Store {
         token: &TokenRow,
         secret_digest: Sha256,
     ) -> Result<(), StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         sqlx::query(
             "INSERT INTO enrollment_token
                 (id, secret_digest, group_name, uses, used, created_by, created_ms, expires_ms)
@@ -113,7 +113,7 @@ impl Store {
         actor: &str,
         now_ms: i64,
     ) -> Result<bool, StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         let revoked =
             sqlx::query("UPDATE enrollment_token SET revoked_ms = $1 WHERE id = $2 AND revoked_ms IS NULL")
                 .bind(now_ms)
