@@ -1,13 +1,16 @@
-//! Developer commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask bench`, `cargo xtask man DIR`.
+//! Developer commands: `cargo xtask demo`, `test`, `bench`, `simulate`, `man DIR`.
 //!
 //! **Invariant:** nothing is changed outside the target folder and a throwaway folder of its own, except by
-//! `test`, which may install missing tools and says so first.
+//! `test`, which may install missing tools and says so first, and `simulate`, which keeps its agents where it is told.
 
 mod bench;
 mod demo;
+mod interrupt;
 mod manual;
 mod programs;
 mod samples;
+mod simulate;
+mod simulators;
 mod test;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -40,6 +43,8 @@ enum Command {
         #[command(subcommand)]
         what: Bench,
     },
+    /// Connect a fleet of simulated agents to a manager: the real wire, no host, nothing written to a disk.
+    Simulate(simulate::Simulate),
     /// Write the programs' manual pages.
     Man {
         /// The folder to write them to.
@@ -49,10 +54,16 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// Order one task for every agent and wait for the last acknowledgement.
-    ///
-    /// Simulated agents ask for it; the figure is the manager's CPU time.
-    Push(bench::Push),
+    /// Connect simulated agents to a manager: its CPU for each handshake and login, and its memory for each agent.
+    Connect(bench::Link),
+    /// Order one task for every simulated agent and wait for the last acknowledgement of an end.
+    Push(bench::Link),
+    /// Cut all simulated agents at once, then kill the manager, and wait until all are back.
+    Storm(bench::Link),
+    /// Leave connected simulated agents alone: the manager's CPU for their heartbeats, and its memory.
+    Idle(bench::Link),
+    /// All four on one fleet.
+    Link(bench::Link),
     /// Scan a folder with the agent and with other scanners, in turn.
     Scan(bench::Scan),
     /// Scan a folder twice with the agent, which remembers what is clean, and then with a new pattern.
@@ -68,7 +79,12 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo { once } => demo::run(once),
         Command::Test { long } => return test::run(long),
-        Command::Bench { what: Bench::Push(what) } => bench::push(what),
+        Command::Simulate(what) => simulate::simulate(&what),
+        Command::Bench { what: Bench::Connect(how) } => bench::link(bench::What::CONNECT, &how),
+        Command::Bench { what: Bench::Push(how) } => bench::link(bench::What::PUSH, &how),
+        Command::Bench { what: Bench::Storm(how) } => bench::link(bench::What::STORM, &how),
+        Command::Bench { what: Bench::Idle(how) } => bench::link(bench::What::IDLE, &how),
+        Command::Bench { what: Bench::Link(how) } => bench::link(bench::What::ALL, &how),
         Command::Bench { what: Bench::Scan(what) } => bench::scan(&what),
         Command::Bench { what: Bench::Again(what) } => bench::again(&what),
         Command::Bench { what: Bench::Processes(what) } => bench::processes(&what),

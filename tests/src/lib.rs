@@ -7,9 +7,11 @@
 //! removed with the value that owns them.
 
 pub mod fault_proxy;
+pub mod fleet;
 pub mod fuse;
 pub mod lab;
 pub mod output;
+pub mod personas;
 pub mod postgres;
 pub mod process;
 pub mod raw;

@@ -16,7 +16,7 @@ use std::{
 
 use tm_protocol::{
     ids::TaskId,
-    message::{Assign, Inventory, Notices, Outcome, Ping, Pong, Report, ReportBody, ToAgent},
+    message::{Assign, Notices, Outcome, Ping, Pong, Report, ReportBody, ToAgent},
     report::{Coverage, Notice},
 };
 use tokio::{
@@ -25,7 +25,10 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::wire::{Persona, Wire};
+use crate::{
+    fleet::{Fleet, Pace, Totals},
+    wire::{Persona, Wire},
+};
 
 /// Reports, and messages of notices, that may be on their way.
 pub const WINDOW: u64 = 64;
@@ -93,6 +96,7 @@ struct Shared {
     /// There is something to send.
     wake: Notify,
     script: Script,
+    fleet: Fleet,
 }
 
 impl std::fmt::Debug for Shared {
@@ -111,7 +115,8 @@ struct State {
     reports_sent: u64,
     notices_sent: u64,
     waiting: VecDeque<(u64, Instant, oneshot::Sender<Duration>)>,
-    inventory: Option<Inventory>,
+    /// Numbers of the reports that end a task and are not stored.
+    ends: VecDeque<u64>,
     pings: Vec<oneshot::Sender<Duration>>,
 }
 
@@ -129,8 +134,16 @@ impl SimAgent {
     /// # Panics
     /// Outside of a runtime.
     pub fn start_at(persona: Persona, at: Vec<SocketAddr>, script: Script) -> Self {
-        let state = State { inventory: Some(persona.inventory()), ..State::default() };
-        let shared = Arc::new(Shared { state: Mutex::new(state), wake: Notify::new(), script });
+        Self::start_in(&Fleet::new(Pace::Quick), persona, at, script)
+    }
+
+    /// The same as one of a fleet, which is counted together.
+    ///
+    /// # Panics
+    /// Outside of a runtime.
+    pub fn start_in(fleet: &Fleet, persona: Persona, at: Vec<SocketAddr>, script: Script) -> Self {
+        let (state, fleet) = (Mutex::default(), fleet.clone());
+        let shared = Arc::new(Shared { state, wake: Notify::new(), script, fleet });
         let ending = CancellationToken::new();
         let guard = ending.clone().drop_guard();
         let (inner, who) = (Arc::clone(&shared), persona.clone());
@@ -200,12 +213,19 @@ impl State {
     fn report(&mut self, body: ReportBody) -> u64 {
         self.seen.reports += 1;
         let sequence = self.seen.reports;
+        if matches!(body, ReportBody::Finished { .. } | ReportBody::Refused { .. }) {
+            self.ends.push_back(sequence);
+        }
         self.reports.push_back(Report { sequence, at_ms: 1_750_000_000_000, body });
         sequence
     }
 
-    fn reports_are_stored(&mut self, through: u64) {
+    fn reports_are_stored(&mut self, through: u64, totals: &Totals) {
         self.seen.reports_stored = self.seen.reports_stored.max(through);
+        while self.ends.front().is_some_and(|number| *number <= through) {
+            self.ends.pop_front();
+            totals.done();
+        }
         while self.reports.front().is_some_and(|report| report.sequence <= through) {
             self.reports.pop_front();
         }
@@ -257,41 +277,63 @@ impl State {
 /// Connects, again and again.
 async fn live(persona: &Persona, at: &[SocketAddr], shared: &Shared) {
     let mut attempt = 0_u64;
+    let mut failures = 0_u32;
     for at in at.iter().copied().cycle() {
         attempt += 1;
+        let before = shared.lock().seen.sessions;
         let ended = session(persona, at, shared).await;
         {
             let mut state = shared.lock();
-            state.seen.connected = false;
             state.pings.clear();
+            let opened = state.seen.sessions > before;
+            failures = if opened { 0 } else { failures.saturating_add(1) };
             if let Err(error) = ended {
+                shared.fleet.totals.ended(opened, &error);
                 state.seen.last_end = error.to_string();
             }
         }
-        // Spread by who it is, so that a thousand of them do not come back in step.
-        let spread = persona.endpoint.uuid().as_u128().wrapping_mul(u128::from(attempt)) % 200;
-        sleep(Duration::from_millis(50 + u64::try_from(spread).unwrap_or(0))).await;
+        sleep(shared.fleet.pace.wait(persona.endpoint, attempt, failures)).await;
     }
 }
 
-async fn session(persona: &Persona, at: SocketAddr, shared: &Shared) -> io::Result<()> {
-    let nonce = u64::try_from(persona.endpoint.uuid().as_u128() & u128::from(u64::MAX)).unwrap_or(0);
-    let opened = timeout(OPEN, persona.open(at, nonce)).await.map_err(|_| io::ErrorKind::TimedOut)?;
-    let (Wire { mut ears, mut mouth }, welcome) = opened?;
-    {
+/// That an agent has a session, for as long as it has.
+struct Standing<'s>(&'s Shared);
+
+impl<'s> Standing<'s> {
+    fn new(shared: &'s Shared) -> Self {
         let mut state = shared.lock();
         state.seen.connected = true;
         state.seen.sessions += 1;
+        shared.fleet.totals.connected();
+        Self(shared)
+    }
+}
+
+impl Drop for Standing<'_> {
+    fn drop(&mut self) {
+        self.0.lock().seen.connected = false;
+        self.0.fleet.totals.away();
+    }
+}
+
+/// One session, until it breaks; `Ok` if it was cut on purpose.
+async fn session(persona: &Persona, at: SocketAddr, shared: &Shared) -> io::Result<()> {
+    let nonce = u64::try_from(persona.endpoint.uuid().as_u128() & u128::from(u64::MAX)).unwrap_or(0);
+    let turn = shared.fleet.turn().await;
+    let opened = timeout(OPEN, persona.open(at, nonce)).await.map_err(|_| io::ErrorKind::TimedOut)?;
+    drop(turn);
+    let (Wire { mut ears, mut mouth }, welcome) = opened?;
+    let mut cut = shared.fleet.cuts();
+    let _standing = Standing::new(shared);
+    {
+        let mut state = shared.lock();
         state.reports_sent = welcome.stored_through;
         state.notices_sent = welcome.notices_through;
-        state.reports_are_stored(welcome.stored_through);
+        state.reports_are_stored(welcome.stored_through, &shared.fleet.totals);
         state.notices_are_stored(welcome.notices_through);
-        if state.seen.sessions == 1
-            && let Some(facts) = state.inventory.take()
-        {
-            mouth.queue(&facts.into());
-        }
     }
+    // As agents do, in every session.
+    mouth.queue(&persona.inventory().into());
     let heartbeat = Duration::from_millis(u64::from(welcome.heartbeat_ms));
     let silence = heartbeat * 2;
     let mut last_heard = tokio::time::Instant::now();
@@ -330,13 +372,16 @@ async fn session(persona: &Persona, at: SocketAddr, shared: &Shared) -> io::Resu
                         let times = state.seen.assigned.entry(assign.task).or_default();
                         *times += 1;
                         // What was taken once is not begun again.
+                        shared.fleet.totals.assigned(*times == 1);
                         if *times == 1 {
                             for body in (shared.script)(&assign) {
                                 state.report(body);
                             }
                         }
                     }
-                    ToAgent::ReportStored(stored) => shared.lock().reports_are_stored(stored.through),
+                    ToAgent::ReportStored(stored) => {
+                        shared.lock().reports_are_stored(stored.through, &shared.fleet.totals);
+                    }
                     ToAgent::NoticesStored(stored) => shared.lock().notices_are_stored(stored.through),
                     ToAgent::Cancel(_) => {}
                     ToAgent::Goodbye(goodbye) => return Err(io::Error::other(goodbye.failure.to_string())),
@@ -347,6 +392,7 @@ async fn session(persona: &Persona, at: SocketAddr, shared: &Shared) -> io::Resu
             }
             pushed = mouth.push(), if !mouth.is_empty() => pushed?,
             () = shared.wake.notified() => {}
+            _ = cut.changed() => return Ok(()),
             () = sleep_until(next_ping) => {
                 next_ping += heartbeat;
                 mouth.queue(&Ping { nonce: 0 }.into());

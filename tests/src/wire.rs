@@ -27,6 +27,10 @@ pub struct Persona {
     pub endpoint: EndpointId,
     /// Its host name.
     pub host: String,
+    /// Its certificate (DER).
+    pub certificate: Arc<[u8]>,
+    /// Its private key (PKCS#8).
+    pub key: Arc<[u8]>,
     config: Arc<ClientConfig>,
 }
 
@@ -77,13 +81,21 @@ impl Persona {
         };
         match reply {
             EnrollReply::Enrolled { endpoint, certificate, .. } => {
-                let key: PrivateKeyDer<'static> = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
-                let identity = Identity { chain: vec![CertificateDer::from(certificate)], key };
-                let config = raw::client_config(ALPN_CONTROL, Some(&identity))?;
-                Ok(Self { endpoint, host: host.to_owned(), config })
+                Self::known(endpoint, host, &certificate, &key.serialize_der())
             }
             EnrollReply::Refused(failure) => Err(io::Error::other(format!("refused: {failure}"))),
         }
+    }
+
+    /// One that was enrolled before, with its certificate (DER) and key (PKCS#8).
+    ///
+    /// # Errors
+    /// If they are none, or not of each other.
+    pub fn known(endpoint: EndpointId, host: &str, certificate: &[u8], key: &[u8]) -> io::Result<Self> {
+        let private: PrivateKeyDer<'static> = PrivatePkcs8KeyDer::from(key.to_vec()).into();
+        let identity = Identity { chain: vec![CertificateDer::from(certificate.to_vec())], key: private };
+        let config = raw::client_config(ALPN_CONTROL, Some(&identity))?;
+        Ok(Self { endpoint, host: host.to_owned(), certificate: certificate.into(), key: key.into(), config })
     }
 
     /// Opens a session.

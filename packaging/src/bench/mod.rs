@@ -4,9 +4,9 @@
 //! build they were measured with.
 
 mod again;
+mod link;
 mod measure;
 mod processes;
-mod push;
 mod rules;
 mod scan;
 
@@ -16,15 +16,15 @@ use anyhow::{Context as _, ensure};
 
 pub(crate) use self::{
     again::{Again, again},
+    link::{Link, What, link},
     processes::{Hold, Processes, hold, processes},
-    push::{Push, push},
     scan::{Scan, scan},
 };
 use crate::programs;
 
 /// How figures are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
+pub(crate) enum Format {
     /// For people.
     Table,
     /// For programs.
@@ -33,7 +33,7 @@ enum Format {
 
 /// Which build is measured.
 #[derive(Debug, clap::Args)]
-struct Build {
+pub(crate) struct Build {
     /// Measure the unoptimized build, which is there sooner and several times slower.
     #[arg(long)]
     dev: bool,
@@ -44,7 +44,7 @@ struct Build {
 
 impl Build {
     /// The folder of the programs, built unless they are there.
-    fn folder(&self, packages: &[&str]) -> anyhow::Result<PathBuf> {
+    pub(crate) fn folder(&self, packages: &[&str]) -> anyhow::Result<PathBuf> {
         match &self.bins {
             Some(bins) => fs::canonicalize(bins).with_context(|| format!("no folder `{}`", bins.display())),
             None => build(packages, self.dev),

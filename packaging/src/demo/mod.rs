@@ -5,7 +5,6 @@
 //! **Invariant:** only processes that the demo started are ended by it.
 
 mod cleanup;
-mod interrupt;
 mod json;
 mod restore;
 mod scan;

@@ -14,11 +14,11 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
-use super::{
+use super::json::{items, json, text};
+use crate::{
     interrupt::Interrupt,
-    json::{items, json, text},
+    programs::{self, Background},
 };
-use crate::programs::{self, Background};
 
 /// How long anything is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -9,16 +9,16 @@ use std::{
 
 use anyhow::bail;
 
-/// Hears that somebody wants the demo to end.
+/// Hears that somebody wants the command to end.
 #[derive(Debug)]
-pub(super) struct Interrupt(Receiver<()>);
+pub(crate) struct Interrupt(Receiver<()>);
 
 impl Interrupt {
     /// Takes the signals over; from here on they end nothing by themselves.
     ///
     /// # Errors
     /// If the system does not allow it.
-    pub(super) fn listen() -> anyhow::Result<Self> {
+    pub(crate) fn listen() -> anyhow::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let (ready, is_ready) = sync_channel(1);
@@ -49,7 +49,7 @@ impl Interrupt {
     }
 
     /// Whether it has been heard by now or is heard within `time`.
-    pub(super) fn within(&self, time: Duration) -> bool {
+    pub(crate) fn within(&self, time: Duration) -> bool {
         if time.is_zero() {
             return !matches!(self.0.try_recv(), Err(TryRecvError::Empty));
         }
