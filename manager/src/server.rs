@@ -23,6 +23,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     agents::{
         ca::Authority,
+        doors::Doors,
         enrollment::Guard,
         intake::Intake,
         listener::{self, Port},
@@ -83,6 +84,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let shared = Shared {
         store: store.clone(),
         intake: Intake::start(store.clone(), &config.limits, ending.clone()),
+        doors: Doors::start(store.clone()),
         registry: registry.clone(),
         meters: Meters::new(config.limits),
         authority: Arc::clone(&authority),

@@ -27,7 +27,7 @@ use tm_tests::{
 use tokio::{runtime::Runtime, time::timeout};
 
 /// Runs simulated agents.
-fn runtime() -> Runtime {
+pub(crate) fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -62,7 +62,7 @@ fn order_scan(lab: &Lab) {
 }
 
 /// What the manager's database says, row by row, read beside it.
-fn sql(lab: &Lab, query: &str) -> Vec<String> {
+pub(crate) fn sql(lab: &Lab, query: &str) -> Vec<String> {
     let output = Command::new("sqlite3")
         .args(["-readonly", "-cmd", ".timeout 10000"])
         .arg(lab.manager_data().join("manager.db"))

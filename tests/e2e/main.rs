@@ -10,6 +10,7 @@ mod cost;
 mod coverage;
 mod digests;
 mod enroll;
+mod fleet;
 mod hostile;
 mod hostile_rules;
 mod known;

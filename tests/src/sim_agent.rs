@@ -11,12 +11,12 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tm_protocol::{
-    ids::TaskId,
-    message::{Assign, Notices, Outcome, Ping, Pong, Report, ReportBody, ToAgent},
+    ids::{EndpointId, StreamId, TaskId},
+    message::{Assign, Hello, Notices, Outcome, Ping, Pong, Report, ReportBody, ToAgent},
     report::{Coverage, Notice},
 };
 use tokio::{
@@ -97,6 +97,8 @@ struct Shared {
     wake: Notify,
     script: Script,
     fleet: Fleet,
+    /// What it hands in is numbered anew with each value: its journal is in memory and begins empty.
+    stream: StreamId,
 }
 
 impl std::fmt::Debug for Shared {
@@ -142,8 +144,8 @@ impl SimAgent {
     /// # Panics
     /// Outside of a runtime.
     pub fn start_in(fleet: &Fleet, persona: Persona, at: Vec<SocketAddr>, script: Script) -> Self {
-        let (state, fleet) = (Mutex::default(), fleet.clone());
-        let shared = Arc::new(Shared { state, wake: Notify::new(), script, fleet });
+        let (state, fleet, stream) = (Mutex::default(), fleet.clone(), new_stream(persona.endpoint));
+        let shared = Arc::new(Shared { state, wake: Notify::new(), script, fleet, stream });
         let ending = CancellationToken::new();
         let guard = ending.clone().drop_guard();
         let (inner, who) = (Arc::clone(&shared), persona.clone());
@@ -201,6 +203,15 @@ impl SimAgent {
         self.shared.wake.notify_one();
         answered.await.ok()
     }
+}
+
+/// A stream that no agent had before.
+fn new_stream(endpoint: EndpointId) -> StreamId {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let low = endpoint.uuid().as_u128() & u128::from(u64::MAX);
+    let hex = format!("{:016x}{low:016x}", now.as_nanos() & u128::from(u64::MAX));
+    let text = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
+    text.parse().expect("so many digits are an id")
 }
 
 impl Shared {
@@ -320,7 +331,9 @@ impl Drop for Standing<'_> {
 async fn session(persona: &Persona, at: SocketAddr, shared: &Shared) -> io::Result<()> {
     let nonce = u64::try_from(persona.endpoint.uuid().as_u128() & u128::from(u64::MAX)).unwrap_or(0);
     let turn = shared.fleet.turn().await;
-    let opened = timeout(OPEN, persona.open(at, nonce)).await.map_err(|_| io::ErrorKind::TimedOut)?;
+    let hello = Hello { stream: shared.stream, ..persona.hello(nonce) };
+    let opened = timeout(OPEN, persona.open_with(at, hello)).await;
+    let opened = opened.map_err(|_| io::ErrorKind::TimedOut)?;
     drop(turn);
     let (Wire { mut ears, mut mouth }, welcome) = opened?;
     let mut cut = shared.fleet.cuts();

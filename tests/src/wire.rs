@@ -103,8 +103,16 @@ impl Persona {
     /// # Errors
     /// If there is none.
     pub async fn open(&self, at: SocketAddr, nonce: u64) -> io::Result<(Wire, Welcome)> {
+        self.open_with(at, self.hello(nonce)).await
+    }
+
+    /// Opens a session with a first message of the caller's.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub async fn open_with(&self, at: SocketAddr, hello: Hello) -> io::Result<(Wire, Welcome)> {
         let mut wire = Wire::with(at, Arc::clone(&self.config)).await?;
-        wire.say(&self.hello(nonce).into()).await?;
+        wire.say(&hello.into()).await?;
         let heard = wire.ears.hear().await?;
         let ToAgent::Welcome(welcome) = heard else {
             return Err(io::Error::other(format!("no welcome: {heard:?}")));

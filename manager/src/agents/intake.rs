@@ -32,7 +32,7 @@ const LANE_ITEMS: usize = 32;
 const LANE_BYTES: usize = 1 << 20;
 /// Rows that one lane adds to one commit (or a single item, if that is more), and that one commit has.
 const SHARE: usize = 64;
-const BATCH: usize = 512;
+const BATCH: usize = 1024;
 /// How long the writer rests when the store cannot be written for the moment, at first and at most.
 const RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
@@ -400,7 +400,7 @@ mod tests {
 
     #[test]
     fn a_batch_ends_and_the_next_begins_with_those_who_waited() {
-        let (lanes, open) = lanes(20);
+        let (lanes, open) = lanes(40);
         for lane in &open {
             queue_of(&lanes, lane.key, 100);
         }

@@ -4,6 +4,7 @@
 
 pub(crate) mod bulk;
 pub(crate) mod ca;
+pub(crate) mod doors;
 pub(crate) mod enrollment;
 pub(crate) mod intake;
 pub(crate) mod listener;

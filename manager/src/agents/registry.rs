@@ -44,7 +44,8 @@ struct Handle {
 /// What the manager's other rooms ask of a session.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Send(ToAgent),
+    /// Boxed: each session has room for many commands, and most sessions have none.
+    Send(Box<ToAgent>),
     /// Answers if its agent does, within the time it takes to ask.
     AreYouThere(oneshot::Sender<()>),
     /// A newer session has taken its place.
@@ -113,6 +114,15 @@ impl Registry {
         self.lock().sessions.keys().copied().collect()
     }
 
+    /// Those of `endpoints` that are connected here.
+    pub(crate) fn connected_among(
+        &self,
+        endpoints: impl IntoIterator<Item = EndpointId>,
+    ) -> HashSet<EndpointId> {
+        let inner = self.lock();
+        endpoints.into_iter().filter(|endpoint| inner.sessions.contains_key(endpoint)).collect()
+    }
+
     /// Sends an order, once a session. `false` if it must be tried again.
     pub(crate) fn assign(&self, endpoint: EndpointId, task: TaskId, message: ToAgent) -> bool {
         let mut inner = self.lock();
@@ -120,7 +130,7 @@ impl Registry {
         if handle.sent.contains(&task) {
             return true;
         }
-        let sent = handle.outbox.try_send(Command::Send(message)).is_ok();
+        let sent = handle.outbox.try_send(Command::Send(Box::new(message))).is_ok();
         if sent {
             handle.sent.insert(task);
         }

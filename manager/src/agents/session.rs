@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     LinkError,
     ca::Authority,
+    doors::Doors,
     intake::{Failed, Intake, Lane, inventory_rows},
     meter::{Cost, Meter, Meters},
     now_ms,
@@ -54,6 +55,7 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(55);
 pub(crate) struct Shared {
     pub(crate) store: Store,
     pub(crate) intake: Intake,
+    pub(crate) doors: Doors,
     pub(crate) registry: Registry,
     pub(crate) meters: Meters,
     pub(crate) authority: Arc<Authority>,
@@ -114,11 +116,7 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
             Failure::new("identity-in-use", "another agent with this identity is connected and answers");
         return Err(goodbye(link, failure, 60_000).await);
     }
-    let opened = shared
-        .store
-        .open_session(endpoint, shared.manager, &hello, now_ms())
-        .await
-        .map_err(LinkError::Store)?;
+    let opened = shared.doors.open(endpoint, shared.manager, &hello).await.map_err(LinkError::Store)?;
     let welcome = Welcome {
         version: VERSION,
         manager: shared.manager,
@@ -150,7 +148,7 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
     }
     .await;
     shared.registry.leave(endpoint, opened.epoch);
-    if let Err(error) = shared.store.close_session(endpoint, opened.epoch, now_ms()).await {
+    if let Err(error) = shared.doors.close(endpoint, opened.epoch).await {
         tracing::warn!(%endpoint, %error, "Cannot note the end of a session.");
     }
     ended

@@ -31,6 +31,8 @@ use crate::{
 
 /// How often a pass runs without a nudge.
 const PASS: Duration = Duration::from_secs(5);
+/// How long the next pass waits at most after one that took long, whoever nudges.
+const LONGEST_REST: Duration = Duration::from_millis(500);
 /// How often progress is written down.
 const PROGRESS: Duration = Duration::from_secs(1);
 /// Tasks handed to one endpoint in one pass: fewer than a session's outbox takes.
@@ -42,12 +44,15 @@ const BATCH: usize = 500;
 pub(crate) async fn run(store: Store, registry: Registry, nudge: Arc<Notify>, ending: CancellationToken) {
     let mut told = Told::default();
     while !ending.is_cancelled() {
+        let begin = Instant::now();
         match pass(&store, &registry, &mut told).await {
             // There is more than one pass takes.
             Ok(true) => continue,
             Ok(false) => {}
             Err(error) => tracing::warn!(%error, "A dispatch pass failed; the next one does its work."),
         }
+        // Each agent of a fleet that comes back nudges. However much a pass takes, others get their share.
+        sleep((begin.elapsed() * 2).min(LONGEST_REST)).await;
         tokio::select! {
             () = nudge.notified() => {}
             () = sleep(PASS) => {}
@@ -111,8 +116,8 @@ impl Told {
 
 /// `true` if there is more to hand out at once.
 async fn pass(store: &Store, registry: &Registry, told: &mut Told) -> Result<bool, StoreError> {
-    let connected: HashSet<EndpointId> = registry.connected().into_iter().collect();
     let live = store.live_tasks(now_ms()).await?;
+    let connected = registry.connected_among(live.iter().map(|task| task.endpoint));
     told.keep(&live);
     let clock = Instant::now();
     let mut due: Vec<LiveTask> = Vec::new();
@@ -155,7 +160,7 @@ async fn pass(store: &Store, registry: &Registry, told: &mut Told) -> Result<boo
 /// Tells an agent that a task is called off. `false` if it must be tried again.
 fn call_off(registry: &Registry, endpoint: EndpointId, task: TaskId) -> bool {
     let Some((outbox, _)) = registry.standing(endpoint) else { return false };
-    outbox.try_send(Command::Send(Cancel { task }.into())).is_ok()
+    outbox.try_send(Command::Send(Box::new(Cancel { task }.into()))).is_ok()
 }
 
 /// The order as it goes over the wire: times become what is left of them.
@@ -242,11 +247,13 @@ mod tests {
         let mut heard = Vec::new();
         while let Ok(command) = outbox.try_recv() {
             match command {
-                Command::Send(ToAgent::Assign(assign)) => {
-                    heard.push(('+', assign.task, assign.expires_in_ms.div_ceil(1000)));
-                }
-                Command::Send(ToAgent::Cancel(cancel)) => heard.push(('-', cancel.task, 0)),
-                Command::Send(other) => panic!("{other:?}"),
+                Command::Send(message) => match *message {
+                    ToAgent::Assign(assign) => {
+                        heard.push(('+', assign.task, assign.expires_in_ms.div_ceil(1000)));
+                    }
+                    ToAgent::Cancel(cancel) => heard.push(('-', cancel.task, 0)),
+                    other => panic!("{other:?}"),
+                },
                 Command::AreYouThere(_) | Command::GiveWay | Command::ShutOut => {}
             }
         }

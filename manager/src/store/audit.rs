@@ -1,9 +1,9 @@
 //! The audit log: append and read. The chain itself is `tm_protocol::audit`.
 
-use sqlx::{Row as _, any::AnyRow};
+use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
 use tm_protocol::{audit::AuditRecord, ids::Sha256};
 
-use super::{Store, StoreError, Tx};
+use super::{PARTS, Store, StoreError, Tx, parts, rows};
 
 /// What is about to be done, by whom.
 #[derive(Debug, Clone)]
@@ -37,41 +37,54 @@ pub(super) async fn hold(tx: &mut Tx) -> Result<(), StoreError> {
 /// # Errors
 /// If the database refuses; the whole transaction is then void.
 pub(crate) async fn append(tx: &mut Tx, entry: Entry<'_>) -> Result<(), StoreError> {
+    append_all(tx, std::slice::from_ref(&entry)).await
+}
+
+/// Appends records to the chain, in order, inside the transaction of what they record.
+///
+/// # Errors
+/// If the database refuses; the whole transaction is then void.
+pub(crate) async fn append_all(tx: &mut Tx, entries: &[Entry<'_>]) -> Result<(), StoreError> {
     hold(tx).await?;
     let newest = sqlx::query("SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1")
         .fetch_optional(&mut **tx)
         .await
         .map_err(StoreError::query("read the end of the audit log"))?;
-    let (sequence, previous) = match newest {
+    let (mut sequence, mut previous) = match newest {
         Some(row) => (row.get::<i64, _>(0), digest(&row, 1)?),
         None => (0, AuditRecord::GENESIS),
     };
-    let mut record = AuditRecord {
-        sequence: sequence + 1,
-        at_ms: entry.at_ms,
-        actor: entry.actor.to_owned(),
-        action: entry.action.to_owned(),
-        subject: entry.subject.to_owned(),
-        detail: entry.detail.to_string(),
-        previous,
-        hash: AuditRecord::GENESIS,
-    };
-    record.hash = record.expected_hash();
-    sqlx::query(
-        "INSERT INTO audit (sequence, at_ms, actor, action, subject, detail, previous, hash)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-    )
-    .bind(record.sequence)
-    .bind(record.at_ms)
-    .bind(record.actor)
-    .bind(record.action)
-    .bind(record.subject)
-    .bind(record.detail)
-    .bind(record.previous.to_string())
-    .bind(record.hash.to_string())
-    .execute(&mut **tx)
-    .await
-    .map_err(StoreError::query("append to the audit log"))?;
+    for part in parts(entries, PARTS[0]) {
+        let sql = format!(
+            "INSERT INTO audit (sequence, at_ms, actor, action, subject, detail, previous, hash) VALUES {}",
+            rows(part.len(), 8)
+        );
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for entry in part {
+            let mut record = AuditRecord {
+                sequence: sequence + 1,
+                at_ms: entry.at_ms,
+                actor: entry.actor.to_owned(),
+                action: entry.action.to_owned(),
+                subject: entry.subject.to_owned(),
+                detail: entry.detail.to_string(),
+                previous,
+                hash: AuditRecord::GENESIS,
+            };
+            record.hash = record.expected_hash();
+            (sequence, previous) = (record.sequence, record.hash);
+            query = query
+                .bind(record.sequence)
+                .bind(record.at_ms)
+                .bind(record.actor)
+                .bind(record.action)
+                .bind(record.subject)
+                .bind(record.detail)
+                .bind(record.previous.to_string())
+                .bind(record.hash.to_string());
+        }
+        query.execute(&mut **tx).await.map_err(StoreError::query("append to the audit log"))?;
+    }
     Ok(())
 }
 
@@ -123,20 +136,27 @@ mod tests {
     #[tokio::test]
     async fn the_stored_chain_verifies_and_a_changed_row_is_found() {
         let (store, _folder) = scratch().await;
+        let entry = |n: i64| Entry {
+            actor: "a",
+            action: "token.create",
+            subject: "t",
+            detail: json!({ "n": n }),
+            at_ms: n,
+        };
         for n in 0..3 {
             let mut tx = store.begin().await.unwrap();
-            let entry = Entry {
-                actor: "a",
-                action: "token.create",
-                subject: "t",
-                detail: json!({ "n": n }),
-                at_ms: n,
-            };
-            append(&mut tx, entry).await.unwrap();
+            append(&mut tx, entry(n)).await.unwrap();
             Store::commit(tx).await.unwrap();
         }
         let start = (0, AuditRecord::GENESIS);
         assert_eq!(verify(start, &store.audit_after(0, 10).await.unwrap()).unwrap().0, 3);
+        let many: Vec<Entry> = (3..703).map(entry).collect();
+        let mut tx = store.begin().await.unwrap();
+        append_all(&mut tx, &many).await.unwrap();
+        Store::commit(tx).await.unwrap();
+        let all = store.audit_after(0, 1000).await.unwrap();
+        assert_eq!(verify(start, &all).unwrap().0, 703);
+        assert!(all.iter().zip(0..).all(|(record, n)| record.at_ms == n));
 
         let mut tx = store.begin().await.unwrap();
         sqlx::query("UPDATE audit SET actor = 'b' WHERE sequence = 2").execute(&mut *tx).await.unwrap();

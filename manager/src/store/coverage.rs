@@ -9,19 +9,20 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::{Row as _, any::AnyRow};
+use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
 use tm_protocol::{
-    ids::EndpointId,
+    ids::{EndpointId, TaskId},
     report::{Coverage, PathBytes, Verdict},
     task::{ScanSpec, TaskSpec, TaskState},
 };
 
 use super::{
-    Store, StoreError, Tx,
+    PARTS, Store, StoreError, Tx,
     endpoints::{Condition, Filter},
     outcomes::Head,
+    parts,
     receipts::ReceiptRow,
-    specs,
+    rows, specs,
     tasks::{ScanRow, json},
 };
 
@@ -55,50 +56,71 @@ pub(crate) struct LookRow {
     pub(crate) verified: bool,
 }
 
-/// Notes what a scan that ended in `state` has covered. `seen` is what came of it, `None` if it failed.
+/// Notes what a scan that `began` then and ended in `state` has covered. `seen` is what came of it, `None` if it failed.
 ///
-/// # Errors
-/// If the database refuses.
-pub(super) async fn record(
+/// Written when the transaction ends.
+pub(super) fn record(
     tx: &mut Tx,
     head: &Head,
     state: TaskState,
     spec: &ScanSpec,
+    began: Option<i64>,
     seen: Option<(&Coverage, &ReceiptRow)>,
     now_ms: i64,
-) -> Result<(), StoreError> {
+) {
     let is_whole = state == TaskState::Done
         && seen
             .is_some_and(|(coverage, _)| coverage.skipped.iter().all(|(r, n)| !r.leaves_a_gap() || *n == 0));
-    let began = sqlx::query("SELECT started_ms FROM task WHERE id = $1")
-        .bind(head.id.to_string())
-        .fetch_one(&mut **tx)
-        .await
-        .map_err(StoreError::query("look up when a scan began"))?
-        .get::<Option<i64>, _>(0);
     // What was not begun and failed looked at nothing.
     if began.is_none() && seen.is_none() {
-        return Ok(());
+        return;
     }
     // A report may come days late; the earliest time that anybody vouches for is the one that promises least.
     let said = seen.filter(|(_, receipt)| receipt.verified).and_then(|(_, receipt)| receipt.started_ms);
     let looked_ms = [began, said].into_iter().flatten().fold(now_ms, i64::min);
     let root = [PathBytes(b"/".to_vec())];
     let paths = if spec.options.full { &root[..] } else { &spec.paths };
-    for path in paths {
-        let Some(path) = normal(path) else { continue };
-        sqlx::query(
-            "INSERT INTO covered (task_id, endpoint_id, path, is_whole, looked_ms) VALUES ($1, $2, $3, $4, $5)
+    tx.covered.extend(paths.iter().filter_map(normal).map(|path| Covered {
+        task: head.id,
+        endpoint: head.endpoint,
+        path,
+        is_whole,
+        looked_ms,
+    }));
+}
+
+/// A path that a scan covered, written when its transaction ends.
+#[derive(Debug)]
+pub(super) struct Covered {
+    task: TaskId,
+    endpoint: EndpointId,
+    path: Vec<u8>,
+    is_whole: bool,
+    looked_ms: i64,
+}
+
+/// Writes what was recorded in a transaction that is about to be committed.
+///
+/// # Errors
+/// If the database refuses; the whole transaction is then void.
+pub(super) async fn write(tx: &mut Tx) -> Result<(), StoreError> {
+    let covered = std::mem::take(&mut tx.covered);
+    for part in parts(&covered, PARTS[0]) {
+        let sql = format!(
+            "INSERT INTO covered (task_id, endpoint_id, path, is_whole, looked_ms) VALUES {}
              ON CONFLICT (task_id, path) DO NOTHING",
-        )
-        .bind(head.id.to_string())
-        .bind(head.endpoint.to_string())
-        .bind(hex::encode(path))
-        .bind(i64::from(is_whole))
-        .bind(looked_ms)
-        .execute(&mut **tx)
-        .await
-        .map_err(StoreError::query("note what a scan covered"))?;
+            rows(part.len(), 5)
+        );
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for covered in part {
+            query = query
+                .bind(covered.task.to_string())
+                .bind(covered.endpoint.to_string())
+                .bind(hex::encode(&covered.path))
+                .bind(i64::from(covered.is_whole))
+                .bind(covered.looked_ms);
+        }
+        query.execute(&mut **tx).await.map_err(StoreError::query("note what scans covered"))?;
     }
     Ok(())
 }

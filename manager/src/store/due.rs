@@ -3,16 +3,18 @@
 //! **Invariant:** a task is marked as sent, durably, before it is handed to its agent: what is not marked was
 //! never heard of there and can be ended here alone.
 
-use sqlx::{Row as _, any::AnyRow};
+use std::collections::{HashMap, HashSet};
+
+use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
     task::{TaskKind, TaskSpec, TaskState},
 };
 
 use super::{
-    Store, StoreError, Tx,
+    PARTS, Store, StoreError, Tx,
     outcomes::{self, End, Head},
-    specs,
+    parts, places, specs,
     tasks::json,
 };
 
@@ -84,48 +86,39 @@ impl Store {
     pub(crate) async fn claim(&self, tasks: &[LiveTask], now_ms: i64) -> Result<Vec<DueTask>, StoreError> {
         let mut tx = self.begin().await?;
         let mut due = Vec::with_capacity(tasks.len());
-        for LiveTask { task, endpoint, .. } in tasks {
-            let marked = sqlx::query(
-                "UPDATE task SET sent_ms = $2
-                 WHERE id = $1 AND state = 'queued' AND sent_ms IS NULL AND cancel_ms IS NULL",
-            )
-            .bind(task.to_string())
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await
-            .map_err(StoreError::query("mark a task as sent"))?;
-            let is_fresh = marked.rows_affected() > 0;
-            let row = sqlx::query(
-                "SELECT task.spec, task.expires_ms, task.deadline_ms, task.issuer, task.reason, task.kind,
-                        endpoint.task_kinds, task.dry_run, task.state
-                 FROM task JOIN endpoint ON endpoint.id = task.endpoint_id
-                 WHERE task.id = $1 AND task.cancel_ms IS NULL
-                   AND task.state IN ('queued', 'delivered', 'running')",
-            )
-            .bind(task.to_string())
-            .fetch_optional(&mut *tx)
-            .await
-            .map_err(StoreError::query("read a due task"))?;
-            let Some(row) = row else { continue };
-            let head = head(&row, *task, *endpoint)?;
-            let kinds: Vec<u16> = json("task kinds", &row.get::<String, _>(6))?;
-            if !kinds.contains(&head.kind.number()) {
-                outcomes::lock(&mut tx, *endpoint).await?;
-                let end = End::refused(outcomes::unsupported(head.kind));
-                outcomes::conclude(&mut tx, &head, end, now_ms).await?;
-                continue;
+        for part in parts(tasks, PARTS[0]) {
+            let fresh = mark(&mut tx, part, now_ms).await?;
+            let mut rows = orders(&mut tx, part).await?;
+            // Many tasks are of one order.
+            let mut last: Option<(String, TaskSpec)> = None;
+            for LiveTask { task, endpoint, .. } in part {
+                let Some(row) = rows.remove(task) else { continue };
+                let head = head(&row, *task, *endpoint)?;
+                let kinds: Vec<u16> = json("task kinds", &row.get::<String, _>(6))?;
+                if !kinds.contains(&head.kind.number()) {
+                    outcomes::lock(&mut tx, *endpoint).await?;
+                    let end = End::refused(outcomes::unsupported(head.kind));
+                    outcomes::conclude(&mut tx, &head, end, now_ms).await?;
+                    continue;
+                }
+                let text: String = row.get(0);
+                let spec = match last.take() {
+                    Some(last) if last.0 == text => last.1,
+                    Some(_) | None => specs::from_json(&text)?,
+                };
+                last = Some((text, spec.clone()));
+                due.push(DueTask {
+                    task: *task,
+                    endpoint: *endpoint,
+                    spec,
+                    expires_ms: row.get(1),
+                    deadline_ms: row.get(2),
+                    issuer: row.get(3),
+                    reason: row.get(4),
+                    is_accepted: head.state != TaskState::Queued,
+                    is_fresh: fresh.contains(task),
+                });
             }
-            due.push(DueTask {
-                task: *task,
-                endpoint: *endpoint,
-                spec: specs::from_json(&row.get::<String, _>(0))?,
-                expires_ms: row.get(1),
-                deadline_ms: row.get(2),
-                issuer: row.get(3),
-                reason: row.get(4),
-                is_accepted: head.state != TaskState::Queued,
-                is_fresh,
-            });
         }
         Self::commit(tx).await?;
         Ok(due)
@@ -198,11 +191,51 @@ impl Store {
     }
 }
 
+/// Marks tasks as sent; those that were not.
+async fn mark(tx: &mut Tx, tasks: &[LiveTask], now_ms: i64) -> Result<HashSet<TaskId>, StoreError> {
+    // The tasks are found by their ids: a function of the state has no index.
+    let sql = format!(
+        "UPDATE task SET sent_ms = $1
+         WHERE id IN {} AND COALESCE(state, '') = 'queued' AND sent_ms IS NULL AND cancel_ms IS NULL RETURNING id",
+        places(2, tasks.len())
+    );
+    let mut query = sqlx::query(AssertSqlSafe(sql)).bind(now_ms);
+    for live in tasks {
+        query = query.bind(live.task.to_string());
+    }
+    let rows = query.fetch_all(&mut **tx).await.map_err(StoreError::query("mark tasks as sent"))?;
+    rows.iter().map(|row| id(row, 0)).collect()
+}
+
+/// What is to be sent of tasks that may be.
+async fn orders(tx: &mut Tx, tasks: &[LiveTask]) -> Result<HashMap<TaskId, AnyRow>, StoreError> {
+    let sql = format!(
+        "SELECT task.spec, task.expires_ms, task.deadline_ms, task.issuer, task.reason, task.kind,
+                endpoint.task_kinds, task.dry_run, task.state, task.id
+         FROM task JOIN endpoint ON endpoint.id = task.endpoint_id
+         WHERE task.id IN {} AND task.cancel_ms IS NULL
+           AND COALESCE(task.state, '') IN ('queued', 'delivered', 'running')",
+        places(1, tasks.len())
+    );
+    let mut query = sqlx::query(AssertSqlSafe(sql));
+    for live in tasks {
+        query = query.bind(live.task.to_string());
+    }
+    let rows = query.fetch_all(&mut **tx).await.map_err(StoreError::query("read due tasks"))?;
+    rows.into_iter().map(|row| Ok((id(&row, 9)?, row))).collect()
+}
+
+fn id(row: &AnyRow, column: usize) -> Result<TaskId, StoreError> {
+    let text: String = row.get(column);
+    text.parse().map_err(|_| StoreError::content("task id", text))
+}
+
 fn head(row: &AnyRow, id: TaskId, endpoint: EndpointId) -> Result<Head, StoreError> {
     let (kind, state): (String, String) = (row.get(5), row.get(8));
     let kind: TaskKind = outcomes::kind(&kind)?;
     let state = TaskState::from_word(&state).ok_or_else(|| StoreError::content("task state", state))?;
-    Ok(Head { id, endpoint, kind, dry_run: row.get::<i64, _>(7) != 0, state })
+    let dry_run = row.get::<i64, _>(7) != 0;
+    Ok(Head { id, endpoint, kind, dry_run, state, stored: state, order: None })
 }
 
 struct Late {

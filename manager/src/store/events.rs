@@ -2,16 +2,19 @@
 //!
 //! **Invariant:** an event is written in the transaction of what it tells of.
 //! **Invariant:** numbers grow in the order of commits, so that whoever reads on from the last number he saw
-//! misses none. Whoever appends holds the counter's row until he commits; an appender that waits for another
-//! lock while he holds it may be chosen as a deadlock's victim on PostgreSQL, which is passing.
+//! misses none: they are given at the end of a transaction, to all of its events, and the counter's row is held
+//! from there to the commit.
+
+use std::collections::{BTreeSet, HashMap};
 
 use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
 use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::ids::{EndpointId, IncidentId, TaskId};
 
 use super::{
-    Store, StoreError, Tx, agent_text,
+    PARTS, Store, StoreError, Tx, agent_text,
     endpoints::{Condition, Filter},
+    parts, places, rows,
 };
 
 /// Longest detail and message that is kept, in bytes; the rest is cut off.
@@ -34,42 +37,108 @@ pub(crate) struct NewEvent<'a> {
     pub(crate) at_ms: i64,
 }
 
+/// A line that is written when its transaction ends.
+#[derive(Debug)]
+pub(super) struct Pending {
+    endpoint: EndpointId,
+    kind: EventKind,
+    status: EventStatus,
+    detail: String,
+    message: String,
+    task: Option<TaskId>,
+    incident: Option<IncidentId>,
+    at_ms: i64,
+}
+
 /// Appends one event, inside the transaction of what it tells of. An endpoint that is not known has no events.
 ///
 /// # Errors
-/// If the database refuses; the whole transaction is then void.
+/// None here: the commit fails if the database refuses it.
 pub(crate) async fn append(tx: &mut Tx, event: NewEvent<'_>) -> Result<(), StoreError> {
-    let host: Option<String> = sqlx::query("SELECT host FROM endpoint WHERE id = $1")
-        .bind(event.endpoint.to_string())
-        .fetch_optional(&mut **tx)
-        .await
-        .map_err(StoreError::query("look an event's endpoint up"))?
-        .map(|row| row.get(0));
-    let Some(host) = host else { return Ok(()) };
-    let number: i64 =
-        sqlx::query("UPDATE counter SET value = value + 1 WHERE name = 'event' RETURNING value")
-            .fetch_one(&mut **tx)
-            .await
-            .map_err(StoreError::query("number an event"))?
-            .get(0);
-    sqlx::query(
-        "INSERT INTO event (id, at_ms, endpoint_id, host, kind, status, detail, message, task_id, incident_id)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-    )
-    .bind(number)
-    .bind(event.at_ms)
-    .bind(event.endpoint.to_string())
-    .bind(host)
-    .bind(event.kind.word())
-    .bind(event.status.word())
-    .bind(agent_text(event.detail, MAX_DETAIL))
-    .bind(agent_text(event.message, MAX_MESSAGE))
-    .bind(event.task.map(|task| task.to_string()))
-    .bind(event.incident.map(|incident| incident.to_string()))
-    .execute(&mut **tx)
-    .await
-    .map_err(StoreError::query("append an event"))?;
+    tx.events.push(Pending {
+        endpoint: event.endpoint,
+        kind: event.kind,
+        status: event.status,
+        detail: agent_text(event.detail, MAX_DETAIL),
+        message: agent_text(event.message, MAX_MESSAGE),
+        task: event.task,
+        incident: event.incident,
+        at_ms: event.at_ms,
+    });
     Ok(())
+}
+
+/// Numbers and writes what was appended in a transaction that is about to be committed.
+///
+/// # Errors
+/// If the database refuses; the whole transaction is then void.
+pub(super) async fn write(tx: &mut Tx) -> Result<(), StoreError> {
+    let mut pending = std::mem::take(&mut tx.events);
+    if pending.is_empty() {
+        return Ok(());
+    }
+    let hosts = hosts(tx, pending.iter().map(|event| event.endpoint)).await?;
+    pending.retain(|event| hosts.contains_key(&event.endpoint));
+    let count = i64::try_from(pending.len()).unwrap_or(i64::MAX);
+    if count == 0 {
+        return Ok(());
+    }
+    let last: i64 = sqlx::query("UPDATE counter SET value = value + $1 WHERE name = 'event' RETURNING value")
+        .bind(count)
+        .fetch_one(&mut **tx)
+        .await
+        .map_err(StoreError::query("number events"))?
+        .get(0);
+    let mut number = last - count;
+    for part in parts(&pending, PARTS[0]) {
+        let sql = format!(
+            "INSERT INTO event (id, at_ms, endpoint_id, host, kind, status, detail, message, task_id,
+                incident_id) VALUES {}",
+            rows(part.len(), 10)
+        );
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for event in part {
+            number += 1;
+            query = query
+                .bind(number)
+                .bind(event.at_ms)
+                .bind(event.endpoint.to_string())
+                .bind(hosts.get(&event.endpoint).cloned().unwrap_or_default())
+                .bind(event.kind.word())
+                .bind(event.status.word())
+                .bind(event.detail.clone())
+                .bind(event.message.clone())
+                .bind(event.task.map(|task| task.to_string()))
+                .bind(event.incident.map(|incident| incident.to_string()));
+        }
+        query.execute(&mut **tx).await.map_err(StoreError::query("append events"))?;
+    }
+    Ok(())
+}
+
+/// What endpoints are called now; those that are not known are left out.
+async fn hosts(
+    tx: &mut Tx,
+    endpoints: impl Iterator<Item = EndpointId>,
+) -> Result<HashMap<EndpointId, String>, StoreError> {
+    let distinct: BTreeSet<EndpointId> = endpoints.collect();
+    let distinct: Vec<EndpointId> = distinct.into_iter().collect();
+    let mut hosts = HashMap::with_capacity(distinct.len());
+    for part in parts(&distinct, PARTS[0]) {
+        let sql = format!("SELECT id, host FROM endpoint WHERE id IN {}", places(1, part.len()));
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for endpoint in part {
+            query = query.bind(endpoint.to_string());
+        }
+        let rows =
+            query.fetch_all(&mut **tx).await.map_err(StoreError::query("look events' endpoints up"))?;
+        for row in rows {
+            let id: String = row.get(0);
+            let id = id.parse().map_err(|_| StoreError::content("endpoint id", id))?;
+            hosts.insert(id, row.get(1));
+        }
+    }
+    Ok(hosts)
 }
 
 /// One line of the log.

@@ -44,7 +44,7 @@ mod story;
 use std::{str::FromStr as _, time::Duration};
 
 use sqlx::{
-    Any, AnyPool, Connection as _, Executor as _, PgPool, Transaction,
+    Any, AnyConnection, AnyPool, Connection as _, Executor as _, PgPool, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
 use tm_protocol::report::Failure;
@@ -77,8 +77,53 @@ pub(crate) enum Engine {
     Postgres,
 }
 
-/// A transaction that may write.
-pub(crate) type Tx = Transaction<'static, Any>;
+impl Engine {
+    /// Rows that one statement may change where it names them. PostgreSQL locks the rows of one statement in an order
+    /// of its own, and rows of endpoints are locked in one order everywhere: there each has its own statement.
+    const fn rows_at_a_time(self) -> usize {
+        match self {
+            Self::Sqlite => PARTS[0],
+            Self::Postgres => 1,
+        }
+    }
+}
+
+/// How many rows one statement is for: few different numbers, because each makes a statement of its own, and
+/// connections remember a hundred of them.
+const PARTS: [usize; 4] = [256, 32, 4, 1];
+
+/// Cuts what is to be written into parts for one statement each, of at most `most`.
+fn parts<T>(mut items: &[T], most: usize) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let size = PARTS.into_iter().find(|size| *size <= items.len().min(most))?;
+        let (part, rest) = items.split_at(size);
+        items = rest;
+        Some(part)
+    })
+}
+
+/// A transaction that may write. What is only added to is gathered in it and written at its end, many rows with one
+/// statement.
+#[derive(Debug)]
+pub(crate) struct Tx {
+    inner: Transaction<'static, Any>,
+    events: Vec<events::Pending>,
+    covered: Vec<coverage::Covered>,
+}
+
+impl std::ops::Deref for Tx {
+    type Target = AnyConnection;
+
+    fn deref(&self) -> &AnyConnection {
+        &self.inner
+    }
+}
+
+impl std::ops::DerefMut for Tx {
+    fn deref_mut(&mut self) -> &mut AnyConnection {
+        &mut self.inner
+    }
+}
 
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -211,7 +256,9 @@ impl Store {
             Engine::Sqlite => "BEGIN IMMEDIATE",
             Engine::Postgres => "BEGIN",
         };
-        self.write.begin_with(statement).await.map_err(StoreError::query("begin a transaction"))
+        let inner = self.write.begin_with(statement).await;
+        let inner = inner.map_err(StoreError::query("begin a transaction"))?;
+        Ok(Tx { inner, events: Vec::new(), covered: Vec::new() })
     }
 
     /// Begins a transaction that appends to the audit log. There is one at a time, on PostgreSQL too: it waits here,
@@ -229,8 +276,11 @@ impl Store {
     ///
     /// # Errors
     /// If the database cannot; nothing of the transaction has then happened.
-    pub(crate) async fn commit(tx: Tx) -> Result<(), StoreError> {
-        tx.commit().await.map_err(StoreError::query("commit"))
+    pub(crate) async fn commit(mut tx: Tx) -> Result<(), StoreError> {
+        coverage::write(&mut tx).await?;
+        // Last: whoever numbers events holds the counter until the commit.
+        events::write(&mut tx).await?;
+        tx.inner.commit().await.map_err(StoreError::query("commit"))
     }
 
     /// Lets running statements end and closes every connection.
@@ -241,6 +291,23 @@ impl Store {
         self.read.close().await;
         self.write.close().await;
     }
+}
+
+/// `($1, $2), ($3, $4)`: placeholders of so many rows with so many columns.
+fn rows(count: usize, columns: usize) -> String {
+    let rows: Vec<String> = (0..count).map(|row| places(1 + row * columns, columns)).collect();
+    rows.join(", ")
+}
+
+/// `($3, $4, $5)`: `count` placeholders from the `first`th on.
+fn places(first: usize, count: usize) -> String {
+    let mut text = String::with_capacity(2 + count * 6);
+    for number in first..first + count {
+        text.push_str(if number == first { "($" } else { ", $" });
+        text.push_str(&number.to_string());
+    }
+    text.push(')');
+    text
 }
 
 /// A text that an agent supplied, as it is kept: at most `most` bytes, and without the one character that
@@ -286,6 +353,24 @@ pub(crate) mod tests {
             }
         };
         (url, folder)
+    }
+
+    #[test]
+    fn parts_have_few_sizes_and_leave_nothing_out() {
+        let all: Vec<u32> = (0..999).collect();
+        for most in [256, 100, 1] {
+            for count in [0, 1, 3, 31, 257, 999] {
+                let parts: Vec<&[u32]> = parts(&all[..count], most).collect();
+                assert_eq!(parts.concat(), all[..count]);
+                assert!(parts.iter().all(|part| part.len() <= most && PARTS.contains(&part.len())));
+            }
+        }
+    }
+
+    #[test]
+    fn placeholders_are_numbered() {
+        assert_eq!((places(1, 1), places(3, 3)), ("($1)".to_owned(), "($3, $4, $5)".to_owned()));
+        assert_eq!(rows(2, 2), "($1, $2), ($3, $4)");
     }
 
     /// Whether a test of what only SQLite has can run.

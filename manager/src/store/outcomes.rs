@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
-use sqlx::Row as _;
+use sqlx::{AssertSqlSafe, Row as _};
 use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::{
     ids::{EndpointId, IncidentId, TaskId},
@@ -19,10 +19,10 @@ use tm_protocol::{
 };
 
 use super::{
-    StoreError, Tx, agent_failure, coverage,
+    PARTS, StoreError, Tx, agent_failure, coverage,
     detections::names,
     events::{self, NewEvent},
-    incidents,
+    incidents, parts, places,
     receipts::{self, ReceiptRow},
     specs,
     tasks::json,
@@ -36,6 +36,59 @@ pub(crate) struct Head {
     pub(crate) kind: TaskKind,
     pub(crate) dry_run: bool,
     pub(crate) state: TaskState,
+    /// The state that its row has: an earlier one where what an agent said together is written together.
+    pub(crate) stored: TaskState,
+    /// What else its row says, where that has been read.
+    pub(crate) order: Option<Ordered>,
+}
+
+/// What a task's row says of its order.
+#[derive(Debug, Clone)]
+pub(crate) struct Ordered {
+    /// As [`specs::to_json`] writes it.
+    pub(crate) spec: String,
+    pub(crate) started_ms: Option<i64>,
+}
+
+impl Head {
+    /// Moves it on, if its state allows that; written by [`settle`] or with its end.
+    pub(super) fn move_to(&mut self, next: TaskState, now_ms: i64) -> bool {
+        if !self.state.may_become(next) {
+            return false;
+        }
+        self.state = next;
+        if let Some(order) = self.order.as_mut().filter(|_| next == TaskState::Running) {
+            order.started_ms = Some(now_ms);
+        }
+        true
+    }
+
+    /// When it began, as far as it is known here.
+    fn started_ms(&self) -> Option<i64> {
+        self.order.as_ref().and_then(|order| order.started_ms)
+    }
+}
+
+/// Writes down how far a task has been moved.
+///
+/// # Errors
+/// If the database refuses.
+pub(super) async fn settle(tx: &mut Tx, head: &mut Head) -> Result<(), StoreError> {
+    if head.state == head.stored {
+        return Ok(());
+    }
+    sqlx::query(
+        "UPDATE task SET state = $2, started_ms = COALESCE($3, started_ms) WHERE id = $1 AND state = $4",
+    )
+    .bind(head.id.to_string())
+    .bind(head.state.word())
+    .bind(head.started_ms())
+    .bind(head.stored.word())
+    .execute(&mut **tx)
+    .await
+    .map_err(StoreError::query("move a task on"))?;
+    head.stored = head.state;
+    Ok(())
 }
 
 /// How a task ends.
@@ -181,21 +234,42 @@ pub(super) async fn head(
     endpoint: EndpointId,
     task: TaskId,
 ) -> Result<Option<Head>, StoreError> {
-    let row = sqlx::query("SELECT kind, dry_run, state FROM task WHERE id = $1 AND endpoint_id = $2")
-        .bind(task.to_string())
-        .bind(endpoint.to_string())
-        .fetch_optional(&mut **tx)
-        .await
-        .map_err(StoreError::query("look a task up"))?;
-    let Some(row) = row else { return Ok(None) };
-    let (kind, state): (String, String) = (row.get(0), row.get(2));
-    Ok(Some(Head {
-        id: task,
-        endpoint,
-        kind: self::kind(&kind)?,
-        dry_run: row.get::<i64, _>(1) != 0,
-        state: TaskState::from_word(&state).ok_or_else(|| StoreError::content("task state", state))?,
-    }))
+    let found = heads(tx, &[task]).await?.pop();
+    Ok(found.filter(|head| head.endpoint == endpoint))
+}
+
+/// Those of `tasks` that there are.
+///
+/// # Errors
+/// As [`head`].
+pub(super) async fn heads(tx: &mut Tx, tasks: &[TaskId]) -> Result<Vec<Head>, StoreError> {
+    let mut heads = Vec::with_capacity(tasks.len());
+    for part in parts(tasks, PARTS[0]) {
+        let sql = format!(
+            "SELECT kind, dry_run, state, spec, started_ms, id, endpoint_id FROM task WHERE id IN {}",
+            places(1, part.len())
+        );
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for task in part {
+            query = query.bind(task.to_string());
+        }
+        for row in query.fetch_all(&mut **tx).await.map_err(StoreError::query("look tasks up"))? {
+            let (kind, state, id): (String, String, String) = (row.get(0), row.get(2), row.get(5));
+            let endpoint: String = row.get(6);
+            let state =
+                TaskState::from_word(&state).ok_or_else(|| StoreError::content("task state", state))?;
+            heads.push(Head {
+                id: id.parse().map_err(|_| StoreError::content("task id", id))?,
+                endpoint: endpoint.parse().map_err(|_| StoreError::content("endpoint id", endpoint))?,
+                kind: self::kind(&kind)?,
+                dry_run: row.get::<i64, _>(1) != 0,
+                state,
+                stored: state,
+                order: Some(Ordered { spec: row.get(3), started_ms: row.get(4) }),
+            });
+        }
+    }
+    Ok(heads)
 }
 
 /// Reads the `kind` column.
@@ -226,14 +300,15 @@ pub(super) async fn conclude(
     let result = match end.what {
         What::Nothing => {
             if head.kind == TaskKind::Scan && end.state == TaskState::Failed && !head.dry_run {
-                let spec = receipts::order(tx, head).await?;
-                coverage::record(tx, head, end.state, &spec, None, now_ms).await?;
+                let (spec, began) = receipts::order(tx, head).await?;
+                coverage::record(tx, head, end.state, &spec, began, None, now_ms);
             }
             None
         }
         What::Scan(coverage) => {
-            let (spec, receipt) = receipts::look_at(tx, head, end.state, coverage).await?;
-            coverage::record(tx, head, end.state, &spec, Some((coverage, &receipt)), now_ms).await?;
+            let (spec, began, receipt) = receipts::look_at(tx, head, end.state, coverage).await?;
+            let seen = Some((coverage, &receipt));
+            coverage::record(tx, head, end.state, &spec, began, seen, now_ms);
             let result = scan_json(coverage, &receipt)?;
             refused = receipt.is_refused();
             Some(result)
@@ -242,7 +317,8 @@ pub(super) async fn conclude(
         What::Treatment(tally) => Some(serde_json::json!(tally).to_string()),
     };
     let changed = sqlx::query(
-        "UPDATE task SET state = $2, code = $3, message = $4, result = $5, finished_ms = $6
+        "UPDATE task SET state = $2, code = $3, message = $4, result = $5, finished_ms = $6,
+            started_ms = COALESCE($8, started_ms)
          WHERE id = $1 AND state = $7",
     )
     .bind(head.id.to_string())
@@ -251,7 +327,8 @@ pub(super) async fn conclude(
     .bind(end.failure.as_ref().map(|failure| failure.message.clone()))
     .bind(result)
     .bind(now_ms)
-    .bind(head.state.word())
+    .bind(head.stored.word())
+    .bind(head.started_ms())
     .execute(&mut **tx)
     .await
     .map_err(StoreError::query("end a task"))?;

@@ -16,7 +16,11 @@ use tm_protocol::{
 };
 use x509_parser::{prelude::FromDer as _, x509::SubjectPublicKeyInfo};
 
-use super::{StoreError, Tx, outcomes::Head, specs};
+use super::{
+    StoreError, Tx,
+    outcomes::{Head, Ordered},
+    specs,
+};
 
 /// A receipt as the `result` column holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,7 +58,7 @@ impl ReceiptRow {
     }
 }
 
-/// Looks at the receipt of a scan that ended in `state`, and tells the order it is about.
+/// Looks at the receipt of a scan that ended in `state`; tells the order it is about, and when that was begun.
 ///
 /// # Errors
 /// If the database refuses or holds a task that is not one.
@@ -63,28 +67,35 @@ pub(super) async fn look_at(
     head: &Head,
     state: TaskState,
     coverage: &Coverage,
-) -> Result<(ScanSpec, ReceiptRow), StoreError> {
-    let spec = order(tx, head).await?;
-    let Some(receipt) = &coverage.receipt else { return Ok((spec, ReceiptRow::without("unsigned"))) };
+) -> Result<(ScanSpec, Option<i64>, ReceiptRow), StoreError> {
+    let (spec, began) = order(tx, head).await?;
+    let Some(receipt) = &coverage.receipt else {
+        return Ok((spec, began, ReceiptRow::without("unsigned")));
+    };
     let keys = keys(tx, head).await?;
     let row = judge(head, &spec, state, coverage, receipt, &keys);
-    Ok((spec, row))
+    Ok((spec, began, row))
 }
 
-/// What a scan was ordered to do.
+/// What a scan was ordered to do, and when it began.
 ///
 /// # Errors
 /// If the database refuses or holds a task that is not one.
-pub(super) async fn order(tx: &mut Tx, head: &Head) -> Result<ScanSpec, StoreError> {
-    let row = sqlx::query("SELECT spec FROM task WHERE id = $1")
-        .bind(head.id.to_string())
-        .fetch_one(&mut **tx)
-        .await
-        .map_err(StoreError::query("read an order"))?;
-    let text: String = row.get(0);
-    match specs::from_json(&text)? {
-        TaskSpec::Scan(spec) => Ok(spec),
-        TaskSpec::Cleanup(_) | TaskSpec::Restore(_) => Err(StoreError::content("scan", text)),
+pub(super) async fn order(tx: &mut Tx, head: &Head) -> Result<(ScanSpec, Option<i64>), StoreError> {
+    let ordered = match &head.order {
+        Some(ordered) => ordered.clone(),
+        None => {
+            let row = sqlx::query("SELECT spec, started_ms FROM task WHERE id = $1")
+                .bind(head.id.to_string())
+                .fetch_one(&mut **tx)
+                .await
+                .map_err(StoreError::query("read an order"))?;
+            Ordered { spec: row.get(0), started_ms: row.get(1) }
+        }
+    };
+    match specs::from_json(&ordered.spec)? {
+        TaskSpec::Scan(spec) => Ok((spec, ordered.started_ms)),
+        TaskSpec::Cleanup(_) | TaskSpec::Restore(_) => Err(StoreError::content("scan", ordered.spec)),
     }
 }
 
@@ -169,6 +180,8 @@ mod tests {
             kind: TaskKind::Scan,
             dry_run: false,
             state: TaskState::Running,
+            stored: TaskState::Running,
+            order: None,
         };
         let TaskSpec::Scan(spec) = scan() else { panic!("a scan") };
         let coverage = Coverage { files: 3, ..Coverage::default() };

@@ -4,23 +4,154 @@
 //! **Invariant:** a report's effects are in the transaction that counts it (`streams`), so that a report that
 //! comes again changes nothing.
 
+use std::collections::{BTreeSet, HashMap};
+
 use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
     message::{Report, ReportBody},
-    task::TaskState,
+    task::{TaskKind, TaskState},
 };
 
 use super::{
     StoreError, Tx, agent_failure, detections,
     events::{self, NewEvent},
     items,
-    outcomes::{self, End},
+    outcomes::{self, End, Head},
+    streams::{HandedIn, Parcel},
     vault,
 };
 
+/// The task that reports were last about. What they say of its state is written once, before anything else of it is
+/// read or written: an agent that accepts, starts and ends a task in one go costs one change of its row.
+#[derive(Debug, Default)]
+pub(super) struct Last {
+    head: Option<Head>,
+    /// Tasks that were looked up together; each is as it was then until it is taken from here.
+    read: HashMap<TaskId, Head>,
+}
+
+impl Last {
+    /// Looks up at once what `parcels` say how far tasks are. Whoever calls holds the endpoints' rows, so that what is
+    /// read stays true. Of a parcel that says more, tasks are looked up one by one, because it may change them.
+    ///
+    /// # Errors
+    /// If the database refuses or holds a task that is not one.
+    pub(super) async fn read<'p>(
+        tx: &mut Tx,
+        parcels: impl Iterator<Item = &'p Parcel>,
+    ) -> Result<Self, StoreError> {
+        let mut tasks = BTreeSet::new();
+        for parcel in parcels {
+            let named: Option<Vec<TaskId>> = parcel.items.iter().map(progress_of).collect();
+            tasks.extend(named.unwrap_or_default());
+        }
+        let tasks: Vec<TaskId> = tasks.into_iter().collect();
+        let heads = outcomes::heads(tx, &tasks).await?;
+        Ok(Self { head: None, read: heads.into_iter().map(|head| (head.id, head)).collect() })
+    }
+
+    /// Writes down what is not written yet.
+    ///
+    /// # Errors
+    /// If the database refuses.
+    pub(super) async fn settle(&mut self, tx: &mut Tx) -> Result<(), StoreError> {
+        match self.head.take() {
+            Some(mut head) => outcomes::settle(tx, &mut head).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The task, if it is `endpoint`'s.
+    async fn of(
+        &mut self,
+        tx: &mut Tx,
+        endpoint: EndpointId,
+        task: TaskId,
+    ) -> Result<Option<&mut Head>, StoreError> {
+        if self.head.as_ref().is_none_or(|head| head.id != task || head.endpoint != endpoint) {
+            self.settle(tx).await?;
+            self.head = match self.read.remove(&task) {
+                Some(head) => Some(head).filter(|head| head.endpoint == endpoint),
+                None => outcomes::head(tx, endpoint, task).await?,
+            };
+        }
+        Ok(self.head.as_mut())
+    }
+
+    /// Moves a task on to a state that is not its last, if it is this endpoint's and its state allows it; a
+    /// stranger's task is left alone.
+    async fn move_to(
+        &mut self,
+        tx: &mut Tx,
+        endpoint: EndpointId,
+        task: TaskId,
+        next: TaskState,
+        now_ms: i64,
+    ) -> Result<(), StoreError> {
+        if !self.of(tx, endpoint, task).await?.is_some_and(|head| head.move_to(next, now_ms)) {
+            tracing::debug!(%endpoint, %task, next = next.word(), "A report changes nothing.");
+        }
+        Ok(())
+    }
+}
+
+/// The task of which an item says how far it is, and nothing else.
+fn progress_of(item: &HandedIn) -> Option<TaskId> {
+    let HandedIn::Report(report) = item else { return None };
+    match &report.body {
+        ReportBody::Accepted { task } | ReportBody::Started { task } | ReportBody::Finished { task, .. } => {
+            Some(*task)
+        }
+        ReportBody::Refused { .. }
+        | ReportBody::Detections { .. }
+        | ReportBody::Items { .. }
+        | ReportBody::Vault { .. }
+        | ReportBody::Lost { .. } => None,
+    }
+}
+
 /// Applies one report, which has been counted in the same transaction. Of one scan, `most_detections` are stored.
+/// Whoever calls has `last` settled before the transaction ends.
 pub(super) async fn apply(
+    tx: &mut Tx,
+    last: &mut Last,
+    endpoint: EndpointId,
+    report: &Report,
+    most_detections: i64,
+    now_ms: i64,
+) -> Result<(), StoreError> {
+    match &report.body {
+        ReportBody::Accepted { task } => {
+            last.move_to(tx, endpoint, *task, TaskState::Delivered, now_ms).await
+        }
+        ReportBody::Started { task } => last.move_to(tx, endpoint, *task, TaskState::Running, now_ms).await,
+        ReportBody::Finished { task, outcome } => {
+            let Some(head) = last.of(tx, endpoint, *task).await? else { return Ok(()) };
+            match head.kind {
+                TaskKind::Scan => {}
+                // Their incidents are moved with them, which look at the row.
+                TaskKind::Cleanup | TaskKind::Restore => outcomes::settle(tx, head).await?,
+            }
+            if outcomes::conclude(tx, head, End::of(outcome, head), now_ms).await? {
+                // Its row says more than is known of it here.
+                last.head = None;
+            }
+            Ok(())
+        }
+        ReportBody::Refused { .. }
+        | ReportBody::Detections { .. }
+        | ReportBody::Items { .. }
+        | ReportBody::Vault { .. }
+        | ReportBody::Lost { .. } => {
+            last.settle(tx).await?;
+            apply_alone(tx, endpoint, report, most_detections, now_ms).await
+        }
+    }
+}
+
+/// Applies a report that says more than how far a task is.
+async fn apply_alone(
     tx: &mut Tx,
     endpoint: EndpointId,
     report: &Report,
@@ -28,8 +159,8 @@ pub(super) async fn apply(
     now_ms: i64,
 ) -> Result<(), StoreError> {
     match &report.body {
-        ReportBody::Accepted { task } => move_to(tx, endpoint, *task, TaskState::Delivered, now_ms).await,
-        ReportBody::Started { task } => move_to(tx, endpoint, *task, TaskState::Running, now_ms).await,
+        // How far a task is: applied by the caller.
+        ReportBody::Accepted { .. } | ReportBody::Started { .. } | ReportBody::Finished { .. } => Ok(()),
         ReportBody::Refused { task, failure } => {
             let Some(head) = outcomes::head(tx, endpoint, *task).await? else { return Ok(()) };
             outcomes::conclude(tx, &head, End::refused(agent_failure(failure)), now_ms).await?;
@@ -63,36 +194,7 @@ pub(super) async fn apply(
             };
             events::append(tx, event).await
         }
-        ReportBody::Finished { task, outcome } => {
-            let Some(head) = outcomes::head(tx, endpoint, *task).await? else { return Ok(()) };
-            outcomes::conclude(tx, &head, End::of(outcome, &head), now_ms).await?;
-            Ok(())
-        }
     }
-}
-
-/// Moves a task on to a state that is not its last, if it is this endpoint's and its state allows it; a
-/// stranger's task is left alone.
-async fn move_to(
-    tx: &mut Tx,
-    endpoint: EndpointId,
-    task: TaskId,
-    next: TaskState,
-    now_ms: i64,
-) -> Result<(), StoreError> {
-    let may = outcomes::head(tx, endpoint, task).await?.is_some_and(|head| head.state.may_become(next));
-    if !may {
-        tracing::debug!(%endpoint, %task, next = next.word(), "A report changes nothing.");
-        return Ok(());
-    }
-    sqlx::query("UPDATE task SET state = $2, started_ms = COALESCE($3, started_ms) WHERE id = $1")
-        .bind(task.to_string())
-        .bind(next.word())
-        .bind((next == TaskState::Running).then_some(now_ms))
-        .execute(&mut **tx)
-        .await
-        .map_err(StoreError::query("move a task on"))?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use serde::Serialize;
-use sqlx::Row as _;
+use sqlx::{AssertSqlSafe, Row as _};
 use tm_protocol::{
     ids::{EndpointId, ManagerId},
     message::{Disk, Hello, Inventory, Progress},
@@ -11,7 +11,7 @@ use tm_protocol::{
 };
 
 use super::{
-    Store, StoreError, Tx, outcomes,
+    Store, StoreError, Tx, outcomes, parts, places,
     streams::{Counts, unsigned},
 };
 
@@ -32,6 +32,21 @@ pub(crate) struct Opened {
     pub(crate) stored: Counts,
 }
 
+/// Somebody comes or goes.
+#[derive(Debug)]
+pub(crate) enum Passage {
+    Open { endpoint: EndpointId, manager: ManagerId, hello: Box<Hello> },
+    Close { endpoint: EndpointId, epoch: i64 },
+}
+
+impl Passage {
+    pub(crate) const fn endpoint(&self) -> EndpointId {
+        match self {
+            Self::Open { endpoint, .. } | Self::Close { endpoint, .. } => *endpoint,
+        }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct InventoryRow<'a> {
     os: &'a str,
@@ -42,10 +57,15 @@ struct InventoryRow<'a> {
     memory: u64,
     disks: &'a [Disk],
     boot_id: &'a str,
+    /// As they stand in `endpoint_address`: facts that are the same text are the same facts.
+    addresses: Vec<String>,
 }
 
 impl Store {
     /// Notes a new session.
+    ///
+    /// # Errors
+    /// If the database refuses, or does not hold the endpoint.
     pub(crate) async fn open_session(
         &self,
         endpoint: EndpointId,
@@ -54,43 +74,9 @@ impl Store {
         now_ms: i64,
     ) -> Result<Opened, StoreError> {
         let mut tx = self.begin().await?;
-        let id = endpoint.to_string();
-        outcomes::lock(&mut tx, endpoint).await?;
-        let was_elsewhere = sqlx::query("SELECT manager_id FROM endpoint WHERE id = $1 AND manager_id <> $2")
-            .bind(id.as_str())
-            .bind(manager.to_string())
-            .fetch_optional(&mut *tx)
-            .await
-            .map_err(StoreError::query("look where an endpoint is connected"))?
-            .map(|row| row.get(0));
-        let failure = hello.last_failure.as_ref();
-        let kinds = serde_json::to_string(&hello.task_kinds).unwrap_or_else(|_| "[]".to_owned());
-        let stream = hello.stream.to_string();
-        let row = sqlx::query(
-            "UPDATE endpoint SET manager_id = $2, session_epoch = session_epoch + 1, agent_version = $3, boot_id = $4,
-             task_kinds = $5, last_seen_ms = $6, failure_code = COALESCE($7, failure_code),
-             failure_message = COALESCE($8, failure_message), failure_ms = COALESCE($9, failure_ms),
-             stored_through = CASE WHEN stream = $10 THEN stored_through ELSE 0 END,
-             notices_through = CASE WHEN stream = $10 THEN notices_through ELSE 0 END, stream = $10
-             WHERE id = $1 RETURNING session_epoch, stored_through, notices_through",
-        )
-        .bind(endpoint.to_string())
-        .bind(manager.to_string())
-        .bind(hello.agent_version.as_str())
-        .bind(hello.boot_id.as_str())
-        .bind(kinds)
-        .bind(now_ms)
-        .bind(failure.map(|f| f.code.clone()))
-        .bind(failure.map(|f| f.message.clone()))
-        .bind(failure.map(|_| now_ms))
-        .bind(stream)
-        .fetch_one(&mut *tx)
-        .await
-        .map_err(StoreError::query("open a session"))?;
-        let stored = Counts { reports: unsigned(row.get(1)), notices: unsigned(row.get(2)) };
-        let opened = Opened { epoch: row.get(0), was_elsewhere, stored };
+        let opened = open(&mut tx, endpoint, manager, hello, now_ms).await?;
         Self::commit(tx).await?;
-        Ok(opened)
+        opened.ok_or_else(unknown)
     }
 
     /// Notes a session's end, unless a newer one has begun.
@@ -101,16 +87,35 @@ impl Store {
         now_ms: i64,
     ) -> Result<(), StoreError> {
         let mut tx = self.begin().await?;
-        sqlx::query(
-            "UPDATE endpoint SET manager_id = NULL, last_seen_ms = $3 WHERE id = $1 AND session_epoch = $2",
-        )
-        .bind(endpoint.to_string())
-        .bind(epoch)
-        .bind(now_ms)
-        .execute(&mut *tx)
-        .await
-        .map_err(StoreError::query("close a session"))?;
+        close(&mut tx, endpoint, epoch, now_ms).await?;
         Self::commit(tx).await
+    }
+
+    /// Notes comings and goings together, in one transaction; for each of them, in order, what a session begins
+    /// with.
+    ///
+    /// # Errors
+    /// If the database refuses one of them; then none is noted.
+    pub(crate) async fn pass(
+        &self,
+        passages: &[Passage],
+        now_ms: i64,
+    ) -> Result<Vec<Result<Option<Opened>, StoreError>>, StoreError> {
+        let mut tx = self.begin().await?;
+        let mut passed = Vec::with_capacity(passages.len());
+        for passage in passages {
+            passed.push(match passage {
+                Passage::Open { endpoint, manager, hello } => {
+                    open(&mut tx, *endpoint, *manager, hello, now_ms).await?.ok_or_else(unknown).map(Some)
+                }
+                Passage::Close { endpoint, epoch } => {
+                    close(&mut tx, *endpoint, *epoch, now_ms).await?;
+                    Ok(None)
+                }
+            });
+        }
+        Self::commit(tx).await?;
+        Ok(passed)
     }
 
     /// Writes down when endpoints were heard of and how far tasks are, all in one transaction.
@@ -127,13 +132,13 @@ impl Store {
         let mut seen = seen.to_vec();
         seen.sort_unstable();
         let mut tx = self.begin().await?;
-        for endpoint in seen {
-            sqlx::query("UPDATE endpoint SET last_seen_ms = $2 WHERE id = $1")
-                .bind(endpoint.to_string())
-                .bind(now_ms)
-                .execute(&mut *tx)
-                .await
-                .map_err(StoreError::query("note who was seen"))?;
+        for part in parts(&seen, self.engine.rows_at_a_time()) {
+            let sql = format!("UPDATE endpoint SET last_seen_ms = $1 WHERE id IN {}", places(2, part.len()));
+            let mut query = sqlx::query(AssertSqlSafe(sql)).bind(now_ms);
+            for endpoint in part {
+                query = query.bind(endpoint.to_string());
+            }
+            query.execute(&mut *tx).await.map_err(StoreError::query("note who was seen"))?;
         }
         for (endpoint, p) in progress {
             let json = serde_json::json!({
@@ -153,6 +158,75 @@ impl Store {
     }
 }
 
+/// Notes a new session; `None` if the endpoint is not known.
+async fn open(
+    tx: &mut Tx,
+    endpoint: EndpointId,
+    manager: ManagerId,
+    hello: &Hello,
+    now_ms: i64,
+) -> Result<Option<Opened>, StoreError> {
+    outcomes::lock(tx, endpoint).await?;
+    let was_elsewhere = sqlx::query("SELECT manager_id FROM endpoint WHERE id = $1 AND manager_id <> $2")
+        .bind(endpoint.to_string())
+        .bind(manager.to_string())
+        .fetch_optional(&mut **tx)
+        .await
+        .map_err(StoreError::query("look where an endpoint is connected"))?
+        .map(|row| row.get(0));
+    let failure = hello.last_failure.as_ref();
+    let kinds = serde_json::to_string(&hello.task_kinds).unwrap_or_else(|_| "[]".to_owned());
+    let stream = hello.stream.to_string();
+    let row = sqlx::query(
+        "UPDATE endpoint SET manager_id = $2, session_epoch = session_epoch + 1, agent_version = $3, boot_id = $4,
+         task_kinds = $5, last_seen_ms = $6, failure_code = COALESCE($7, failure_code),
+         failure_message = COALESCE($8, failure_message), failure_ms = COALESCE($9, failure_ms),
+         stored_through = CASE WHEN stream = $10 THEN stored_through ELSE 0 END,
+         notices_through = CASE WHEN stream = $10 THEN notices_through ELSE 0 END, stream = $10
+         WHERE id = $1 RETURNING session_epoch, stored_through, notices_through",
+    )
+    .bind(endpoint.to_string())
+    .bind(manager.to_string())
+    .bind(hello.agent_version.as_str())
+    .bind(hello.boot_id.as_str())
+    .bind(kinds)
+    .bind(now_ms)
+    .bind(failure.map(|f| f.code.clone()))
+    .bind(failure.map(|f| f.message.clone()))
+    .bind(failure.map(|_| now_ms))
+    .bind(stream)
+    .fetch_optional(&mut **tx)
+    .await
+    .map_err(StoreError::query("open a session"))?;
+    Ok(row.map(|row| {
+        let stored = Counts { reports: unsigned(row.get(1)), notices: unsigned(row.get(2)) };
+        Opened { epoch: row.get(0), was_elsewhere, stored }
+    }))
+}
+
+/// Notes a session's end, unless a newer one has begun.
+async fn close(tx: &mut Tx, endpoint: EndpointId, epoch: i64, now_ms: i64) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE endpoint SET manager_id = NULL, last_seen_ms = $3 WHERE id = $1 AND session_epoch = $2",
+    )
+    .bind(endpoint.to_string())
+    .bind(epoch)
+    .bind(now_ms)
+    .execute(&mut **tx)
+    .await
+    .map_err(StoreError::query("close a session"))?;
+    Ok(())
+}
+
+fn unknown() -> StoreError {
+    StoreError::query("open a session")(sqlx::Error::RowNotFound)
+}
+
+/// Nobody opens and closes sessions any more: the manager ends.
+pub(crate) fn writer_ended() -> StoreError {
+    StoreError::query("reach the writer of sessions")(sqlx::Error::PoolClosed)
+}
+
 /// Replaces what is known of an endpoint by what its agent says. Addresses that are none are left out.
 pub(super) async fn replace_inventory(
     tx: &mut Tx,
@@ -160,6 +234,8 @@ pub(super) async fn replace_inventory(
     facts: &Inventory,
 ) -> Result<(), StoreError> {
     let host = short(&facts.host);
+    let addresses: Vec<IpAddr> =
+        facts.addresses.iter().filter_map(|a| a.parse().ok()).take(MOST_ADDRESSES).collect();
     let row = InventoryRow {
         os: short(&facts.os),
         kernel: short(&facts.kernel),
@@ -169,9 +245,24 @@ pub(super) async fn replace_inventory(
         memory: facts.memory,
         disks: facts.disks.get(..MOST_DISKS).unwrap_or(&facts.disks),
         boot_id: short(&facts.boot_id),
+        addresses: addresses.iter().map(ToString::to_string).collect(),
     };
     let json = serde_json::to_string(&row).map_err(|_| StoreError::content("inventory", "unwritable"))?;
     let id = endpoint.to_string();
+    // Agents tell their facts in every session, and they are the same ones nearly always.
+    let same = sqlx::query(
+        "SELECT 1 FROM endpoint WHERE id = $1 AND host = $2 AND inventory = $3 AND agent_version = $4",
+    )
+    .bind(id.as_str())
+    .bind(host)
+    .bind(json.as_str())
+    .bind(short(&facts.agent_version))
+    .fetch_optional(&mut **tx)
+    .await
+    .map_err(StoreError::query("compare an inventory"))?;
+    if same.is_some() {
+        return Ok(());
+    }
     sqlx::query(
         "UPDATE endpoint SET host = $2, host_key = $3, inventory = $4, agent_version = $5 WHERE id = $1",
     )
@@ -188,8 +279,7 @@ pub(super) async fn replace_inventory(
         .execute(&mut **tx)
         .await
         .map_err(StoreError::query("replace addresses"))?;
-    let addresses = facts.addresses.iter().filter_map(|a| a.parse::<IpAddr>().ok());
-    for address in addresses.take(MOST_ADDRESSES) {
+    for address in addresses {
         sqlx::query(
             "INSERT INTO endpoint_address (endpoint_id, address_key, address) VALUES ($1, $2, $3)
              ON CONFLICT (endpoint_id, address_key) DO NOTHING",
@@ -208,4 +298,37 @@ pub(super) async fn replace_inventory(
 fn short(text: &str) -> &str {
     let end = (0..=MOST_TEXT.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
     &text[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::store::{
+        streams::tests::{endpoint, hello},
+        tests::scratch,
+    };
+
+    #[tokio::test]
+    async fn who_comes_and_goes_together_is_noted_in_order() {
+        let (store, _folder) = scratch().await;
+        let (a, b) = (endpoint(&store, 1).await, endpoint(&store, 2).await);
+        let manager = ManagerId::new(Uuid::from_u128(7));
+        let come = |endpoint| Passage::Open { endpoint, manager, hello: Box::new(hello(1)) };
+        let go = |endpoint, epoch| Passage::Close { endpoint, epoch };
+        let stranger = EndpointId::new(Uuid::from_u128(9));
+        // The end of an older session comes late.
+        let passages = [come(a), come(a), go(a, 1), come(stranger), come(b), go(b, 1), go(stranger, 1)];
+        let passed = store.pass(&passages, 5).await.unwrap();
+        let epochs: Vec<Option<i64>> =
+            passed.iter().map(|p| p.as_ref().ok().and_then(|opened| opened.as_ref().map(|o| o.epoch))).collect();
+        assert_eq!(epochs, [Some(1), Some(2), None, None, Some(1), None, None]);
+        assert!(passed[3].is_err(), "nobody who is not known is let in");
+        let held = sqlx::query("SELECT id FROM endpoint WHERE manager_id IS NOT NULL")
+            .fetch_all(store.reader())
+            .await
+            .unwrap();
+        assert_eq!(held.iter().map(|row| row.get::<String, _>(0)).collect::<Vec<_>>(), [a.to_string()]);
+    }
 }

@@ -4,13 +4,15 @@
 //! nothing, and only for the session that stands: what an older one still had on its way is not counted,
 //! because its numbers may be of another stream.
 
-use sqlx::Row as _;
+use std::collections::HashSet;
+
+use sqlx::{AssertSqlSafe, Row as _};
 use tm_protocol::{
     ids::EndpointId,
     message::{Inventory, Notices, Report},
 };
 
-use super::{Store, StoreError, Tx, notices, reports, sessions};
+use super::{Store, StoreError, Tx, notices, parts, reports, rows, sessions};
 
 /// The highest numbers of an agent's two streams; 0 if there is none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -101,17 +103,14 @@ impl Store {
         now_ms: i64,
     ) -> Result<Vec<Taken>, StoreError> {
         let mut tx = self.begin().await?;
+        let counted = count_all(&mut tx, parcels, self.engine.rows_at_a_time()).await?;
+        let standing = parcels.iter().zip(&counted).filter(|(_, before)| before.is_some());
+        let mut last = reports::Last::read(&mut tx, standing.map(|(parcel, _)| parcel)).await?;
         let mut taken = Vec::with_capacity(parcels.len());
-        // All rows of endpoints come before anything else that is held until the commit (the event log's counter):
-        // two managers must not wait for each other.
-        let mut counted = Vec::with_capacity(parcels.len());
-        for parcel in parcels {
-            counted.push(count(&mut tx, parcel).await?);
-        }
         for (parcel, before) in parcels.iter().zip(counted) {
             taken.push(match before {
                 Some(before) => {
-                    take(&mut tx, parcel, before, most_detections, now_ms).await?;
+                    take(&mut tx, &mut last, parcel, before, most_detections, now_ms).await?;
                     Taken::Stored
                 }
                 None => Taken::Superseded,
@@ -124,6 +123,7 @@ impl Store {
 
 async fn take(
     tx: &mut Tx,
+    last: &mut reports::Last,
     parcel: &Parcel,
     before: Counts,
     most_detections: i64,
@@ -132,7 +132,7 @@ async fn take(
     for item in &parcel.items {
         match item {
             HandedIn::Report(report) if report.sequence > before.reports => {
-                reports::apply(tx, parcel.endpoint, report, most_detections, now_ms).await?;
+                reports::apply(tx, last, parcel.endpoint, report, most_detections, now_ms).await?;
             }
             HandedIn::Report(_) => {}
             HandedIn::Notices(notices) => {
@@ -144,10 +144,62 @@ async fn take(
             }
         }
     }
+    last.settle(tx).await?;
     if let Some(facts) = &parcel.inventory {
         sessions::replace_inventory(tx, parcel.endpoint, facts).await?;
     }
     Ok(())
+}
+
+/// [`count`] of every parcel, as many at once as one statement may change.
+async fn count_all(
+    tx: &mut Tx,
+    parcels: &[Parcel],
+    at_a_time: usize,
+) -> Result<Vec<Option<Counts>>, StoreError> {
+    let mut counted = Vec::with_capacity(parcels.len());
+    for part in parts(parcels, at_a_time) {
+        let moved = if part.len() > 1 { move_counts(tx, part).await? } else { HashSet::new() };
+        for parcel in part {
+            counted.push(if moved.contains(&(parcel.endpoint, parcel.epoch)) {
+                Some(parcel.after)
+            } else {
+                count(tx, parcel).await?
+            });
+        }
+    }
+    Ok(counted)
+}
+
+/// Moves the counts of those parcels that find them where they should be; whose.
+async fn move_counts(tx: &mut Tx, parcels: &[Parcel]) -> Result<HashSet<(EndpointId, i64)>, StoreError> {
+    let sql = format!(
+        "WITH parcel (whose, epoch, reports, notices, had_reports, had_notices) AS (VALUES {})
+         UPDATE endpoint SET stored_through = parcel.reports, notices_through = parcel.notices FROM parcel
+         WHERE endpoint.id = parcel.whose AND endpoint.session_epoch = parcel.epoch
+           AND endpoint.stored_through = parcel.had_reports AND endpoint.notices_through = parcel.had_notices
+         RETURNING id, session_epoch",
+        rows(parcels.len(), 6)
+    );
+    let mut query = sqlx::query(AssertSqlSafe(sql));
+    for parcel in parcels {
+        let end = parcel.items.iter().fold(parcel.after, |counts, item| counts.after(item));
+        query = query
+            .bind(parcel.endpoint.to_string())
+            .bind(parcel.epoch)
+            .bind(number(end.reports))
+            .bind(number(end.notices))
+            .bind(number(parcel.after.reports))
+            .bind(number(parcel.after.notices));
+    }
+    let rows = query.fetch_all(&mut **tx).await;
+    let rows = rows.map_err(StoreError::query("count what agents hand in"))?;
+    rows.iter()
+        .map(|row| {
+            let id: String = row.get(0);
+            Ok((id.parse().map_err(|_| StoreError::content("endpoint id", id))?, row.get(1)))
+        })
+        .collect()
 }
 
 /// Moves the counts to where the parcel ends; where they were, or `None` if a newer session stands. The row

@@ -14,9 +14,9 @@ use tm_protocol::{
 };
 
 use super::{
-    Store, StoreError, Tx,
+    PARTS, Store, StoreError, Tx,
     audit::{self, Entry},
-    outcomes,
+    outcomes, parts,
     receipts::ReceiptRow,
     specs,
 };
@@ -167,10 +167,7 @@ impl Store {
     ) -> Result<Vec<TaskRow>, StoreError> {
         let spec = specs::to_json(order.spec);
         let mut tx = self.begin_audited().await?;
-        let mut rows = Vec::with_capacity(recipients.len());
-        for recipient in recipients {
-            rows.push(insert(&mut tx, order, &spec, recipient, now_ms).await?);
-        }
+        let rows = insert_all(&mut tx, order, &spec, recipients, now_ms).await?;
         Self::commit(tx).await?;
         Ok(rows)
     }
@@ -304,76 +301,109 @@ pub(super) async fn insert(
     recipient: Recipient,
     now_ms: i64,
 ) -> Result<TaskRow, StoreError> {
-    let Recipient { task, endpoint, host, is_unsupported } = recipient;
+    let mut rows = insert_all(tx, order, spec, vec![recipient], now_ms).await?;
+    Ok(rows.pop().expect("one recipient makes one task"))
+}
+
+/// Stores a task for each recipient, and their records in the audit log.
+///
+/// # Errors
+/// As [`insert`].
+async fn insert_all(
+    tx: &mut Tx,
+    order: &Order<'_>,
+    spec: &str,
+    recipients: Vec<Recipient>,
+    now_ms: i64,
+) -> Result<Vec<TaskRow>, StoreError> {
     let kind = order.spec.kind();
     let dry_run = is_dry_run(order.spec);
     let expires_ms = now_ms.saturating_add(order.expires_in_ms);
-    sqlx::query(
-        "INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms,
-            deadline_ms, dry_run)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
-    )
-    .bind(task.to_string())
-    .bind(endpoint.to_string())
-    .bind(kind.word())
-    .bind(spec.to_owned())
-    .bind(TaskState::Queued.word())
-    .bind(order.issuer.to_owned())
-    .bind(order.reason.to_owned())
-    .bind(now_ms)
-    .bind(expires_ms)
-    .bind(order.deadline_ms)
-    .bind(i64::from(dry_run))
-    .execute(&mut **tx)
-    .await
-    .map_err(StoreError::query("create a task"))?;
-    let entry = Entry {
-        actor: order.issuer,
-        action: match kind {
-            TaskKind::Scan => "scan.start",
-            TaskKind::Cleanup => "cleanup.run",
-            TaskKind::Restore => "vault.restore",
-        },
-        subject: &task.to_string(),
-        detail: json!({
-            "endpoint": endpoint.to_string(),
-            "host": host,
-            "what": specs::what(order.spec),
-            "reason": order.reason,
-            "expires_ms": expires_ms,
-            "deadline_ms": order.deadline_ms,
-        }),
-        at_ms: now_ms,
-    };
-    audit::append(tx, entry).await?;
-    let mut row = TaskRow {
-        id: task,
-        endpoint,
-        host,
-        kind: kind.word().to_owned(),
-        state: TaskState::Queued,
-        code: None,
-        message: None,
-        progress: None,
-        result: None,
-        dry_run,
-        cancel_ms: None,
-        issuer: order.issuer.to_owned(),
-        reason: order.reason.to_owned(),
-        created_ms: now_ms,
-        expires_ms,
-        started_ms: None,
-        finished_ms: None,
-    };
-    if is_unsupported {
-        let failure = outcomes::unsupported(kind);
-        let head = outcomes::Head { id: task, endpoint, kind, dry_run, state: TaskState::Queued };
-        outcomes::conclude(tx, &head, outcomes::End::refused(failure.clone()), now_ms).await?;
-        row.state = TaskState::Refused;
-        (row.code, row.message) = (Some(failure.code), Some(failure.message));
-        row.finished_ms = Some(now_ms);
+    for part in parts(&recipients, PARTS[0]) {
+        let rows: Vec<String> = (0..part.len())
+            .map(|row| format!("(${}, ${}, $1, $2, $3, $4, $5, $6, $7, $8, $9)", 10 + 2 * row, 11 + 2 * row))
+            .collect();
+        let sql = format!(
+            "INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms,
+                deadline_ms, dry_run)
+             VALUES {}",
+            rows.join(", ")
+        );
+        let mut query = sqlx::query(AssertSqlSafe(sql))
+            .bind(kind.word())
+            .bind(spec.to_owned())
+            .bind(TaskState::Queued.word())
+            .bind(order.issuer.to_owned())
+            .bind(order.reason.to_owned())
+            .bind(now_ms)
+            .bind(expires_ms)
+            .bind(order.deadline_ms)
+            .bind(i64::from(dry_run));
+        for recipient in part {
+            query = query.bind(recipient.task.to_string()).bind(recipient.endpoint.to_string());
+        }
+        query.execute(&mut **tx).await.map_err(StoreError::query("create tasks"))?;
     }
-    Ok(row)
+    let what = specs::what(order.spec);
+    let ids: Vec<String> = recipients.iter().map(|recipient| recipient.task.to_string()).collect();
+    let entries: Vec<Entry> = recipients
+        .iter()
+        .zip(&ids)
+        .map(|(recipient, id)| Entry {
+            actor: order.issuer,
+            action: match kind {
+                TaskKind::Scan => "scan.start",
+                TaskKind::Cleanup => "cleanup.run",
+                TaskKind::Restore => "vault.restore",
+            },
+            subject: id,
+            detail: json!({
+                "endpoint": recipient.endpoint.to_string(),
+                "host": recipient.host,
+                "what": what,
+                "reason": order.reason,
+                "expires_ms": expires_ms,
+                "deadline_ms": order.deadline_ms,
+            }),
+            at_ms: now_ms,
+        })
+        .collect();
+    audit::append_all(tx, &entries).await?;
+    drop(entries);
+    let mut rows = Vec::with_capacity(recipients.len());
+    for Recipient { task, endpoint, host, is_unsupported } in recipients {
+        let mut row = TaskRow {
+            id: task,
+            endpoint,
+            host,
+            kind: kind.word().to_owned(),
+            state: TaskState::Queued,
+            code: None,
+            message: None,
+            progress: None,
+            result: None,
+            dry_run,
+            cancel_ms: None,
+            issuer: order.issuer.to_owned(),
+            reason: order.reason.to_owned(),
+            created_ms: now_ms,
+            expires_ms,
+            started_ms: None,
+            finished_ms: None,
+        };
+        if is_unsupported {
+            let failure = outcomes::unsupported(kind);
+            let state = TaskState::Queued;
+            let head =
+                outcomes::Head { id: task, endpoint, kind, dry_run, state, stored: state, order: None };
+            outcomes::conclude(tx, &head, outcomes::End::refused(failure.clone()), now_ms).await?;
+            row.state = TaskState::Refused;
+            (row.code, row.message) = (Some(failure.code), Some(failure.message));
+            row.finished_ms = Some(now_ms);
+        }
+        rows.push(row);
+    }
+    Ok(rows)
 }
 
 const fn is_dry_run(spec: &TaskSpec) -> bool {
