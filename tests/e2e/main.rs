@@ -16,6 +16,7 @@ mod link;
 mod local;
 mod managers;
 mod memory;
+mod migrate;
 mod names;
 mod progress;
 mod quick;
