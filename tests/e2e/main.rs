@@ -18,6 +18,7 @@ mod link;
 mod local;
 mod managers;
 mod memory;
+mod migrate;
 mod names;
 mod progress;
 mod quick;
