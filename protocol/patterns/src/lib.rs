@@ -1,8 +1,8 @@
 //! Patterns: what to look for.
 //!
 //! A pattern is named by the SHA-256 of its bytes. It is YARA rule text or a digest list in its compiled form; the
-//! list's own text is turned into that where it comes in, so that the same entries have the same name. Signatures,
-//! versions and cleanup steps join it here.
+//! list's own text is turned into that where it comes in, so that the same entries have the same name. Who may say
+//! that a pattern is the fleet's is in [`trust`]; cleanup steps join it here.
 //!
 //! **Invariant:** a [`Pattern`] that exists is within its size limit. Whether rules compile is found out in a scan
 //! worker, never in the process that holds them; of a compiled list header and digest are right, and the rest is
@@ -10,6 +10,7 @@
 
 pub mod digests;
 mod kind;
+pub mod trust;
 
 use std::{
     fs::File,
