@@ -247,13 +247,15 @@ mod tests {
         let mut heard = Vec::new();
         while let Ok(command) = outbox.try_recv() {
             match command {
-                Command::Send(message) => match *message {
-                    ToAgent::Assign(assign) => {
+                Command::Send(message) => {
+                    if let ToAgent::Assign(assign) = &*message {
                         heard.push(('+', assign.task, assign.expires_in_ms.div_ceil(1000)));
+                    } else if let ToAgent::Cancel(cancel) = &*message {
+                        heard.push(('-', cancel.task, 0));
+                    } else {
+                        panic!("{message:?}");
                     }
-                    ToAgent::Cancel(cancel) => heard.push(('-', cancel.task, 0)),
-                    other => panic!("{other:?}"),
-                },
+                }
                 Command::AreYouThere(_) | Command::GiveWay | Command::ShutOut => {}
             }
         }
