@@ -2,6 +2,8 @@
 //!
 //! **Invariant:** two agents never use one folder; the second says who holds it and ends.
 
+mod certificate;
+
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
@@ -19,10 +21,10 @@ use std::{
 use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 use tm_protocol::{
-    ALPN_BULK, ALPN_CONTROL, ALPN_RENEW, VERSION,
+    VERSION,
     address::Address,
     ids::{Sha256, TaskId},
-    message::{Goodbye, Hello, Inventory, Ping, Pong, Renew, Renewed, ToAgent, ToManager, Welcome},
+    message::{Goodbye, Hello, Inventory, Ping, Pong, ToAgent, ToManager, Welcome},
     report::Failure,
     task::{CleanupSpec, TaskKind, TaskSpec},
     text::escape_for_display,
@@ -35,6 +37,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
+use self::certificate::Links;
 use crate::{
     clock,
     config::Config,
@@ -68,10 +71,6 @@ const CARE: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_secs(1);
 /// How far the wall clock may drift between two looks before it counts as a jump, in milliseconds.
 const CLOCK_JUMP_MS: u64 = 60_000;
-/// How soon a renewal that was not given is asked for again.
-const RENEWAL: Duration = Duration::from_secs(3600);
-/// How far this machine's clock may be from the manager's before that is told, in seconds.
-const SKEW_S: u64 = 600;
 /// What running tasks have told and the loop has not heard; beyond it they wait.
 const TOLD: usize = 64;
 
@@ -164,6 +163,7 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
         time,
         asked: None,
         ask_after: None,
+        anew_at: None,
         spread: rand::random(),
         tell,
         told,
@@ -268,6 +268,9 @@ struct Agent {
     time: KnownTime,
     /// The key whose certificate is awaited in this session.
     asked: Option<renewal::Asked>,
+    /// When the next certificate is to be asked for although the present one is still good for long: another
+    /// authority issues now.
+    anew_at: Option<Instant>,
     /// When a refused renewal may be asked for again.
     ask_after: Option<Instant>,
     /// Where in the time for it this agent renews, from 0 to 1: a fleet's renewals spread.
@@ -275,32 +278,6 @@ struct Agent {
     tell: mpsc::Sender<Told>,
     told: mpsc::Receiver<Told>,
     status: Status,
-}
-
-/// The TLS of both kinds of link, with the present certificate.
-struct Links {
-    control: Arc<rustls::ClientConfig>,
-    bulk: Arc<rustls::ClientConfig>,
-}
-
-impl Links {
-    fn of(enrolled: &Enrolled, time: &KnownTime) -> Result<Self, rustls::Error> {
-        Ok(Self {
-            control: Arc::new(enrolled.tls(ALPN_CONTROL, time)?),
-            bulk: Arc::new(enrolled.tls(ALPN_BULK, time)?),
-        })
-    }
-}
-
-/// Why a certificate was not renewed.
-#[derive(Debug, thiserror::Error)]
-enum RenewalError {
-    #[error(transparent)]
-    Identity(#[from] crate::enroll::EnrollError),
-    #[error("TLS cannot be set up")]
-    Tls(#[from] rustls::Error),
-    #[error("the manager refused: {0}")]
-    Refused(String),
 }
 
 /// How a session ended.
@@ -414,6 +391,10 @@ impl Agent {
                             }
                             Vec::new()
                         }
+                        ToAgent::Authorities(authorities) => {
+                            self.learn(authorities, &link);
+                            Vec::new()
+                        }
                         ToAgent::Goodbye(goodbye) => return Ok(Ended::goodbye(goodbye)),
                         ToAgent::EnrollReply(_) => return Err(ConnectError::Protocol("an enrollment nobody asked for")),
                     }
@@ -463,89 +444,6 @@ impl Agent {
         }
     }
 
-    /// The request for the next certificate, when two thirds of the present one's time have passed by the manager's
-    /// clock. A task that runs may still fetch patterns with the present one; it is left to it unless time is short.
-    fn renewal_due(&mut self) -> Option<Renew> {
-        if self.asked.is_some() || self.ask_after.is_some_and(|at| Instant::now() < at) {
-            return None;
-        }
-        let now_ms = self.manager_offset_ms?.saturating_add(elapsed_ms(now()));
-        let (begin, end) = self.enrolled.validity_ms();
-        if !clock::is_renewal_due(now_ms, begin, end, self.spread, self.status.running_task.is_some()) {
-            return None;
-        }
-        self.ask_after = Some(Instant::now() + RENEWAL);
-        match renewal::Asked::new() {
-            Ok((asked, request)) => {
-                self.asked = Some(asked);
-                Some(request)
-            }
-            Err(error) => {
-                tracing::warn!("No new key can be made: {}.", connection::chain(&error));
-                None
-            }
-        }
-    }
-
-    /// Takes the next certificate in. `true` if the session has to begin anew with it.
-    fn renewed(&mut self, renewed: Renewed) -> bool {
-        let Some(asked) = self.asked.take() else { return false };
-        let installed = match renewed {
-            Renewed::Certified { certificate } => tokio::task::block_in_place(|| {
-                let enrolled = asked.install(&self.paths, &self.enrolled, certificate)?;
-                let links = Links::of(&enrolled, &self.time)?;
-                Ok::<_, RenewalError>((enrolled, links))
-            }),
-            Renewed::Refused(failure) => Err(RenewalError::Refused(escape_for_display(&failure.to_string()))),
-        };
-        match installed {
-            Ok((enrolled, links)) => {
-                tracing::info!("The certificate is renewed.");
-                self.signer = signer(&enrolled);
-                self.status.certificate_ends = ends(&enrolled);
-                self.status.renewal_failure = None;
-                self.enrolled = enrolled;
-                self.links = links;
-                self.ask_after = None;
-                true
-            }
-            Err(error) => {
-                let why = connection::chain(&error);
-                tracing::warn!("The certificate is not renewed: {why}.");
-                self.status.renewal_failure = Some(why);
-                self.write_status();
-                false
-            }
-        }
-    }
-
-    /// Renews a certificate that has ended. `true` if that went well.
-    async fn renew_late(&mut self, address: &Address) -> bool {
-        let config = match self.enrolled.tls(ALPN_RENEW, &self.time) {
-            Ok(config) => Arc::new(config),
-            Err(error) => {
-                tracing::warn!(%error, "A renewal cannot be set up.");
-                return false;
-            }
-        };
-        let (asked, request) = match renewal::Asked::new() {
-            Ok(asked) => asked,
-            Err(error) => {
-                tracing::warn!("No new key can be made: {}.", connection::chain(&error));
-                return false;
-            }
-        };
-        self.asked = Some(asked);
-        match self.meanwhile(renewal::ask_late(address.clone(), config, request)).await {
-            Ok(renewed) => self.renewed(renewed),
-            Err(error) => {
-                self.asked = None;
-                tracing::warn!(%address, "The ended certificate is not renewed: {}.", connection::chain(&error));
-                false
-            }
-        }
-    }
-
     fn hello(&self) -> Hello {
         Hello {
             min_version: VERSION,
@@ -581,19 +479,6 @@ impl Agent {
         self.write_status();
         if let Err(error) = self.enrolled.keep_addresses(&self.paths, welcome.addresses.clone()) {
             tracing::warn!(%error, "Cannot keep the managers' addresses.");
-        }
-    }
-
-    /// Says once that this machine's clock stands wrong.
-    fn watch_skew(&mut self, manager_ms: i64) {
-        let skew_s = now().unix_ms.saturating_sub(manager_ms) / 1000;
-        let was_wrong = self.status.clock_ahead_s.is_some();
-        let is_wrong = skew_s.unsigned_abs() > SKEW_S;
-        self.status.clock_ahead_s = is_wrong.then_some(skew_s);
-        if is_wrong && !was_wrong {
-            let message = format!("this machine's clock is {skew_s} s ahead of the manager's");
-            tracing::warn!("{message}.");
-            self.decide(Event::Notice { code: "clock-skew", message, count: 0 });
         }
     }
 
@@ -792,6 +677,7 @@ async fn open_session(
             | ToAgent::NoticesStored(_)
             | ToAgent::EnrollReply(_)
             | ToAgent::Renewed(_)
+            | ToAgent::Authorities(_)
             | ToAgent::Cancel(_) => return Err(ConnectError::Protocol("a message before the welcome")),
         }
     }

@@ -62,7 +62,8 @@ pub(crate) struct Enrolled {
     pub(crate) fleet: FleetId,
     pub(crate) addresses: Vec<Address>,
     certificate: CertificateDer<'static>,
-    ca: CertificateDer<'static>,
+    /// The authorities that vouch for managers; never empty.
+    roots: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 }
 
@@ -98,14 +99,14 @@ impl Enrolled {
             fleet: managers.fleet,
             addresses: managers.addresses,
             certificate,
-            ca: CertificateDer::from(read("ca.der")?),
+            roots: tls::roots_of(&read("ca.der")?).ok_or_else(|| EnrollError::Damaged(shown.clone()))?,
             key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(read("key.der")?)),
         })
     }
 
     /// The TLS configuration for talking to our managers.
     pub(crate) fn tls(&self, alpn: &[u8], time: &KnownTime) -> Result<rustls::ClientConfig, rustls::Error> {
-        let pin = Pin::Certificate(self.ca.clone(), self.fleet, time.clone());
+        let pin = Pin::Certificates(self.roots.clone(), self.fleet, time.clone());
         tls::client(pin, Some((vec![self.certificate.clone()], self.key.clone_key())), alpn)
     }
 
@@ -127,7 +128,7 @@ impl Enrolled {
     pub(crate) fn write_with(&self, paths: &Paths, certificate: &[u8], key: &[u8]) -> io::Result<()> {
         let managers =
             Managers { fleet: self.fleet, endpoint: self.endpoint, addresses: self.addresses.clone() };
-        write_beside(paths, &managers, certificate, &self.ca, key)
+        write_beside(paths, &managers, certificate, &tls::one_after_the_other(&self.roots), key)
     }
 
     /// The key of the certificate, to sign receipts with.
@@ -136,6 +137,28 @@ impl Enrolled {
     /// If it is of a kind that cannot sign.
     pub(crate) fn signing_key(&self) -> Result<Arc<dyn SigningKey>, rustls::Error> {
         rustls::crypto::aws_lc_rs::sign::any_supported_type(&self.key)
+    }
+
+    /// Trusts these authorities from now on, after the next start too. `false` if they are the ones it trusts.
+    ///
+    /// # Errors
+    /// If the disk does not take it; the present ones then stay.
+    pub(crate) fn keep_roots(
+        &mut self,
+        paths: &Paths,
+        roots: Vec<CertificateDer<'static>>,
+    ) -> io::Result<bool> {
+        if roots == self.roots {
+            return Ok(false);
+        }
+        replace(&paths.identity().join("ca.der"), &tls::one_after_the_other(&roots))?;
+        self.roots = roots;
+        Ok(true)
+    }
+
+    /// Whether the certificate comes from this authority.
+    pub(crate) fn is_from(&self, authority: &CertificateDer<'_>) -> bool {
+        tls::is_issued_by(&self.certificate, authority)
     }
 
     /// Keeps the managers' addresses for the next start.
@@ -165,18 +188,17 @@ pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<End
         host: facts::host_name(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let (endpoint, certificate, ca, addresses) = match ask(token, request).await? {
-        EnrollReply::Enrolled { endpoint, certificate, ca, addresses } => {
-            (endpoint, certificate, ca, addresses)
+    let (reply, ca) = ask(token, request).await?;
+    let (endpoint, certificate, addresses) = match reply {
+        // Which authority is trusted is what the token says; the reply may name another one that issues now.
+        EnrollReply::Enrolled { endpoint, certificate, ca: _, addresses } => {
+            (endpoint, certificate, addresses)
         }
         EnrollReply::Refused(failure) => return Err(EnrollError::Refused(failure)),
     };
     let certificate = certified(certificate, &key)?;
     let identity =
         tls::identity_of(&certificate).ok_or(EnrollError::Answer("the certificate names nobody"))?;
-    if Sha256::of(&ca) != token.ca {
-        return Err(EnrollError::Answer("it sends another authority than the token names"));
-    }
     if identity.role != Role::Endpoint(endpoint) {
         return Err(EnrollError::Answer("the certificate is for somebody else"));
     }
@@ -200,7 +222,10 @@ pub(crate) fn certified(der: Vec<u8>, key: &KeyPair) -> Result<CertificateDer<'s
 }
 
 /// Asks each address in turn; the first manager that answers decides.
-async fn ask(token: &EnrollmentToken, request: EnrollRequest) -> Result<EnrollReply, EnrollError> {
+async fn ask(
+    token: &EnrollmentToken,
+    request: EnrollRequest,
+) -> Result<(EnrollReply, CertificateDer<'static>), EnrollError> {
     let config = tls::client(Pin::Digest(token.ca), None, ALPN_ENROLL)
         .map_err(|_| EnrollError::Answer("TLS cannot be set up"))?;
     let config = std::sync::Arc::new(config);
@@ -210,7 +235,7 @@ async fn ask(token: &EnrollmentToken, request: EnrollRequest) -> Result<EnrollRe
         .map_err(|_| EnrollError::Answer("the request is too large"))?;
     let mut failures = Vec::new();
     for address in &token.addresses {
-        match timeout(ANSWER, exchange(address, &config, &buffer)).await {
+        match timeout(ANSWER, exchange(address, &config, &buffer, token.ca)).await {
             Ok(Ok(reply)) => return Ok(reply),
             Ok(Err(error)) => failures.push(format!("{address}: {}", connection::chain(&error))),
             Err(_) => failures.push(format!("{address}: no answer in {} s", ANSWER.as_secs())),
@@ -223,13 +248,18 @@ async fn exchange(
     address: &Address,
     config: &std::sync::Arc<rustls::ClientConfig>,
     request: &[u8],
-) -> Result<EnrollReply, ConnectError> {
+    authority: Sha256,
+) -> Result<(EnrollReply, CertificateDer<'static>), ConnectError> {
     let mut stream = connection::dial(address, config).await?;
+    // The handshake was good, so that it is there.
+    let ca = stream.get_ref().1.peer_certificates().unwrap_or_default().iter();
+    let ca = ca.map(|certificate| certificate.clone().into_owned()).find(|c| Sha256::of(c) == authority);
+    let ca = ca.ok_or(ConnectError::Protocol("a chain without the authority"))?;
     connection::write(&mut stream, request).await?;
     let mut buffer = BytesMut::new();
     match connection::read(&mut stream, &mut buffer).await? {
-        ToAgent::EnrollReply(reply) => Ok(reply),
-        ToAgent::Goodbye(goodbye) => Ok(EnrollReply::Refused(goodbye.failure)),
+        ToAgent::EnrollReply(reply) => Ok((reply, ca)),
+        ToAgent::Goodbye(goodbye) => Ok((EnrollReply::Refused(goodbye.failure), ca)),
         ToAgent::Welcome(_)
         | ToAgent::Ping(_)
         | ToAgent::Pong(_)
@@ -237,6 +267,7 @@ async fn exchange(
         | ToAgent::ReportStored(_)
         | ToAgent::NoticesStored(_)
         | ToAgent::Renewed(_)
+        | ToAgent::Authorities(_)
         | ToAgent::Cancel(_) => Err(ConnectError::Protocol("an answer that was not asked for")),
     }
 }

@@ -115,6 +115,7 @@ pub(crate) async fn ask_late(
             | ToAgent::ReportStored(_)
             | ToAgent::NoticesStored(_)
             | ToAgent::EnrollReply(_)
+            | ToAgent::Authorities(_)
             | ToAgent::Cancel(_) => Err(ConnectError::Protocol("an answer that was not asked for")),
         }
     };

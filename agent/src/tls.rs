@@ -26,8 +26,9 @@ use rustls::{
     server::ParsedCertificate,
 };
 use tm_protocol::{
-    identity::{Identity, Role},
+    identity::{Identity, Role, authority_hint},
     ids::{FleetId, Sha256},
+    message::Authorities,
 };
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
@@ -36,8 +37,9 @@ use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 pub(crate) enum Pin {
     /// Before enrollment: by its digest; it must be in the chain that the manager shows.
     Digest(Sha256),
-    /// Afterwards: the certificate itself, and the fleet it speaks for.
-    Certificate(CertificateDer<'static>, FleetId, KnownTime),
+    /// Afterwards: the certificates themselves (one, or several while one follows another), and the fleet they
+    /// speak for.
+    Certificates(Vec<CertificateDer<'static>>, FleetId, KnownTime),
 }
 
 /// What a manager said that the time is: wall time less elapsed time, in milliseconds. A clock that stands wrong
@@ -69,6 +71,8 @@ impl KnownTime {
 #[derive(Debug)]
 struct ManagerVerifier {
     pin: Pin,
+    /// Names the authorities of the pin to the manager.
+    hints: Vec<DistinguishedName>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
@@ -82,7 +86,12 @@ pub(crate) fn client(
     alpn: &[u8],
 ) -> Result<ClientConfig, TlsError> {
     let provider: Arc<CryptoProvider> = Arc::new(aws_lc_rs::default_provider());
-    let verifier = ManagerVerifier { pin, algorithms: provider.signature_verification_algorithms };
+    let digests = match &pin {
+        Pin::Digest(digest) => vec![*digest],
+        Pin::Certificates(roots, ..) => roots.iter().map(|root| Sha256::of(root)).collect(),
+    };
+    let hints = digests.iter().map(|digest| DistinguishedName::from(authority_hint(digest))).collect();
+    let verifier = ManagerVerifier { pin, hints, algorithms: provider.signature_verification_algorithms };
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
@@ -108,20 +117,22 @@ impl ServerCertVerifier for ManagerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, TlsError> {
         let unknown = || TlsError::InvalidCertificate(CertificateError::UnknownIssuer);
-        let ca = match &self.pin {
+        let trusted = match &self.pin {
             Pin::Digest(digest) => intermediates
                 .iter()
                 .find(|c| Sha256::of(c.as_ref()) == *digest)
-                .cloned()
+                .map(|ca| vec![ca.clone()])
                 .ok_or_else(unknown)?,
-            Pin::Certificate(ca, ..) => ca.clone(),
+            Pin::Certificates(roots, ..) => roots.clone(),
         };
         let mut roots = RootCertStore::empty();
-        roots.add(ca).map_err(|_| unknown())?;
+        for root in trusted {
+            roots.add(root).map_err(|_| unknown())?;
+        }
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let known = match &self.pin {
             Pin::Digest(_) => None,
-            Pin::Certificate(_, _, time) => time.now(),
+            Pin::Certificates(_, _, time) => time.now(),
         };
         let verify = |at: UnixTime| {
             verify_server_cert_signed_by_trust_anchor(&certificate, &roots, &[], at, self.algorithms.all)
@@ -131,7 +142,7 @@ impl ServerCertVerifier for ManagerVerifier {
         let identity = identity_of(end_entity).ok_or_else(wrong)?;
         let ours = match &self.pin {
             Pin::Digest(_) => true,
-            Pin::Certificate(_, fleet, _) => identity.fleet == *fleet,
+            Pin::Certificates(_, fleet, _) => identity.fleet == *fleet,
         };
         match identity.role {
             Role::Manager(_) if ours => Ok(ServerCertVerified::assertion()),
@@ -162,8 +173,48 @@ impl ServerCertVerifier for ManagerVerifier {
     }
 
     fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
-        None
+        Some(&self.hints)
     }
+}
+
+/// Reads authorities that were written one after the other (DER). `None` if there is none, too many, or one is no
+/// authority.
+pub(crate) fn roots_of(mut bytes: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
+    let mut roots = Vec::new();
+    while !bytes.is_empty() {
+        let (rest, parsed) = parse_x509_certificate(bytes).ok()?;
+        if !parsed.is_ca() || roots.len() == Authorities::MAX {
+            return None;
+        }
+        roots.push(CertificateDer::from(bytes[..bytes.len() - rest.len()].to_vec()));
+        bytes = rest;
+    }
+    (!roots.is_empty()).then_some(roots)
+}
+
+/// Writes authorities as [`roots_of`] reads them.
+pub(crate) fn one_after_the_other(roots: &[CertificateDer<'static>]) -> Vec<u8> {
+    roots.iter().flat_map(|root| root.as_ref()).copied().collect()
+}
+
+/// Whether a certificate names `authority` as its issuer. (No two authorities of a fleet share a name.)
+pub(crate) fn is_issued_by(certificate: &CertificateDer<'_>, authority: &CertificateDer<'_>) -> bool {
+    match (parse_x509_certificate(certificate), parse_x509_certificate(authority)) {
+        (Ok((_, certificate)), Ok((_, authority))) => {
+            certificate.issuer().as_raw() == authority.subject().as_raw()
+        }
+        (Err(_), _) | (_, Err(_)) => false,
+    }
+}
+
+/// Whether one of `roots` vouches for a manager's certificate, whatever the time is.
+pub(crate) fn is_vouched_for(manager: &CertificateDer<'_>, roots: &[CertificateDer<'static>]) -> bool {
+    let mut store = RootCertStore::empty();
+    let (_, ignored) = store.add_parsable_certificates(roots.iter().cloned());
+    let Ok(certificate) = ParsedCertificate::try_from(manager) else { return false };
+    let Some(at) = begins(manager).filter(|_| ignored == 0) else { return false };
+    let algorithms = aws_lc_rs::default_provider().signature_verification_algorithms;
+    verify_server_cert_signed_by_trust_anchor(&certificate, &store, &[], at, algorithms.all).is_ok()
 }
 
 /// When a certificate begins.

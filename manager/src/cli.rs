@@ -1,5 +1,7 @@
 //! The command line: bootstrap only, never a second way to the data.
 
+mod rotation;
+
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write as _},
@@ -17,7 +19,10 @@ use tm_protocol::ids::{FleetId, Sha256};
 
 use crate::{
     access,
-    agents::ca::{Authority, DEFAULT_LIFE},
+    agents::{
+        authorities::{self, Authorities},
+        ca::{Authority, DEFAULT_LIFE},
+    },
     config::{self, Config},
     server,
     store::{Store, schema::Version},
@@ -79,6 +84,9 @@ enum Command {
         #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-manager")]
         data: PathBuf,
     },
+    /// Let one certificate authority follow another, step by step
+    #[command(subcommand)]
+    Ca(rotation::Ca),
     #[command(hide = true)]
     ScanWorker,
     /// Print a completion script for a shell
@@ -112,6 +120,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Serve { data } => serve(&data),
         Command::Migrate { data } => migrate(&data),
         Command::CheckConfig { data } => check(&data),
+        Command::Ca(step) => rotation::run(step),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tm-manager", &mut io::stdout());
             Ok(())
@@ -158,9 +167,10 @@ fn init(mut new: New, join: Option<&Path>) -> anyhow::Result<()> {
             write_secret(&data.join("admin.toml"), &profile)?;
         }
         Some(from) => {
-            let fleet = Authority::load(from, DEFAULT_LIFE).context("there is no authority to join with")?.fleet;
+            let existing = Authorities::load(from, DEFAULT_LIFE).context("there is no authority to join with")?;
+            let fleet = existing.fleet();
             joinable(&url, fleet)?;
-            Authority::join(&data.join("ca"), from).context("cannot take the certificate authority over")?;
+            authorities::join(&data.join("ca"), from).context("cannot take the certificate authority over")?;
         }
     }
     // The configuration comes last: a folder with one is complete.
@@ -288,7 +298,7 @@ fn migrate(data: &Path) -> anyhow::Result<()> {
 
 fn check(data: &Path) -> anyhow::Result<()> {
     let config = load(data)?;
-    Authority::load(&data.join("ca"), config.certificate_life)
+    Authorities::load(&data.join("ca"), config.certificate_life)
         .context("the certificate authority cannot be used")?;
     let _ = writeln!(
         io::stdout(),
@@ -300,6 +310,7 @@ fn check(data: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Reads the configuration of the manager in `data`.
 fn load(data: &Path) -> anyhow::Result<Config> {
     let path = data.join("manager.toml");
     if !path.exists() {
@@ -313,10 +324,12 @@ pub(crate) fn default_database(data: &Path) -> String {
     format!("sqlite:{}", data.join("manager.db").display())
 }
 
+/// Threads for the store.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start threads")
 }
 
+/// Writes a file that does not exist and that only its owner reads.
 fn write_secret(path: &Path, text: &str) -> anyhow::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)

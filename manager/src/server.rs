@@ -14,7 +14,7 @@ use tm_scanner::pool::WorkerProgram;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Notify, Semaphore},
+    sync::{Notify, Semaphore, watch},
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
@@ -22,9 +22,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     agents::{
-        ca::Authority,
+        authorities::{self, Authorities, Live},
         doors::Doors,
         enrollment::Guard,
+        expiry,
         intake::Intake,
         listener::{self, Port},
         meter::Meters,
@@ -51,22 +52,26 @@ const ADMIN_PATIENCE: Duration = Duration::from_secs(10);
 /// Runs the manager until it is told to end.
 pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     raise_descriptor_limit();
-    let authority = Authority::load(&data.join("ca"), config.certificate_life)
+    let live = Live::load(&data.join("ca"), config.certificate_life)
         .context("cannot load the certificate authority")?;
-    let authority = Arc::new(authority);
+    let live = Arc::new(live);
+    let present = live.now();
+    let manager = present.manager();
     let url = config.database.clone().unwrap_or_else(|| cli::default_database(data));
     let store = Store::connect(&url).await?;
-    bring_up(&store, authority.manager).await?;
+    bring_up(&store, manager).await?;
     let patterns = config.patterns.clone().unwrap_or_else(|| data.join("patterns"));
-    let blobs = Blobs::open(patterns, authority.manager).context("cannot open the patterns' folder")?;
+    let blobs = Blobs::open(patterns, manager).context("cannot open the patterns' folder")?;
     anyhow::ensure!(
-        store.claim_fleet(authority.fleet).await?,
+        store.claim_fleet(present.fleet()).await?,
         "the database belongs to another fleet than the authority in `{}`",
         data.join("ca").display()
     );
-    let shown =
-        Arc::new(tls::Shown::new(Arc::clone(&authority), config.hosts()).context("cannot set up TLS")?);
-    let (agent_tls, admin_tls) = tls::configure(&authority, &shown).context("cannot set up TLS")?;
+    if let Some(oldest) = present.all().first() {
+        store.attribute_certificates(oldest.digest()).await?;
+    }
+    let shown = Arc::new(tls::Shown::new(Arc::clone(&live), config.hosts()).context("cannot set up TLS")?);
+    let (agent_tls, admin_tls) = tls::configure(&present, &shown).context("cannot set up TLS")?;
     let agents = TcpListener::bind(config.agent_listen)
         .await
         .with_context(|| format!("cannot listen for agents on {}", config.agent_listen))?;
@@ -79,7 +84,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let nudge = Arc::new(Notify::new());
     let ordered = Arc::new(Notify::new());
     let registry = Registry::new(Arc::clone(&nudge));
-    let peers = Peers::new(store.clone(), registry.clone(), authority.manager, config.addresses());
+    let peers = Peers::new(store.clone(), registry.clone(), manager, config.addresses());
     peers.enter().await?;
     let shared = Shared {
         store: store.clone(),
@@ -87,28 +92,37 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         doors: Doors::start(store.clone()),
         registry: registry.clone(),
         meters: Meters::new(config.limits),
-        authority: Arc::clone(&authority),
-        manager: authority.manager,
+        authorities: Arc::clone(&live),
+        manager,
         addresses: peers.addresses(),
         peers: peers.clone(),
         heartbeat: config.heartbeat,
         ending: ending.clone(),
     };
+    let (announce, ca_sha256) = watch::channel(present.issuing().digest());
+    let cuts = ca_sha256.clone();
     let router = http::router(AppState {
         store: store.clone(),
         blobs: blobs.clone(),
         nudge: Arc::clone(&ordered),
         addresses: peers.addresses(),
-        ca_sha256: authority.digest(),
-        manager: authority.manager,
-        fleet: authority.fleet,
+        ca_sha256,
+        manager,
+        fleet: present.fleet(),
         worker: WorkerProgram::this(),
     });
-    let manager = authority.manager;
-    let port = Port { tls: agent_tls, blobs, guard: Guard::default(), shared };
+    let ports = Arc::new(tls::Ports::new(agent_tls));
+    let port = Port { tls: Arc::clone(&ports), blobs, guard: Guard::default(), shared };
     loops.spawn(listener::run(agents, port));
     loops.spawn(serve_admins(admins, admin_tls, router, ending.clone()));
-    loops.spawn(tls::keep_fresh(shown, ending.clone()));
+    let told = registry.clone();
+    let changed = move |authorities: &Authorities| {
+        let _ = announce.send(authorities.issuing().digest());
+        told.tell_all(&authorities.message(told.count()).into());
+    };
+    loops.spawn(authorities::cut(store.clone(), registry.clone(), manager, cuts, ending.clone()));
+    loops.spawn(tls::keep_fresh(Arc::clone(&shown), ports, changed, ending.clone()));
+    loops.spawn(expiry::run(store.clone(), live, shown, ending.clone()));
     loops.spawn(peers.clone().beat(ending.clone()));
     loops.spawn(peers.clone().listen(Arc::clone(&nudge), ending.clone()));
     loops.spawn(peers.clone().pass_on(ordered, Arc::clone(&nudge), ending.clone()));

@@ -5,7 +5,7 @@
 
 use std::{fmt, str::FromStr};
 
-use crate::ids::{EndpointId, FleetId, ManagerId};
+use crate::ids::{EndpointId, FleetId, ManagerId, Sha256};
 
 /// Who a certificate speaks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,6 +23,16 @@ pub enum Role {
     Endpoint(EndpointId),
     /// A manager.
     Manager(ManagerId),
+}
+
+/// How a client says in its first message which authority it believes: a distinguished name (DER) whose only
+/// attribute, the common name, is the SHA-256 of the authority's certificate in hex. Managers that answer for several
+/// authorities show the certificate that the client can judge.
+pub fn authority_hint(authority: &Sha256) -> Vec<u8> {
+    // SEQUENCE { SET { SEQUENCE { OID 2.5.4.3, UTF8String (64 bytes) } } }
+    let mut name = vec![0x30, 0x4b, 0x31, 0x49, 0x30, 0x47, 0x06, 0x03, 0x55, 0x04, 0x03, 0x0c, 0x40];
+    name.extend_from_slice(authority.to_string().as_bytes());
+    name
 }
 
 /// A URI that is not an identity of ours.

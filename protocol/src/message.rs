@@ -95,6 +95,7 @@ messages! {
         108 Cancel <= 64;
         109 NoticesStored <= 64;
         110 Renewed <= 32 * KIB;
+        111 Authorities <= 64 * KIB;
     }
 }
 
@@ -299,6 +300,22 @@ pub enum Renewed {
     },
     /// It is not; the older certificate stays what it is.
     Refused(Failure),
+}
+
+/// The certificate authorities that the fleet's managers answer for, told after [`Welcome`] and whenever they change.
+/// An agent trusts these from then on, and no others.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Authorities {
+    /// DER; the one that issues comes first. 1 to [`Authorities::MAX`].
+    pub certificates: Vec<Vec<u8>>,
+    /// Within how many milliseconds an agent whose certificate comes from another one asks for its next: a fleet's
+    /// renewals spread over that time.
+    pub renew_within_ms: u32,
+}
+
+impl Authorities {
+    /// Most authorities at a time.
+    pub const MAX: usize = 8;
 }
 
 /// How a task ended. Variants are only ever added at the end.

@@ -217,3 +217,195 @@ fn a_clock_that_stands_wrong_does_not_cut_an_endpoint_off() {
     let events = lab.tmctl(["event", "list", "-o", "json"]).expect(0).json().to_string();
     assert!(events.contains("clock-skew"), "{events}");
 }
+
+/// The details of a machine's certificate events.
+fn warnings(lab: &Lab, endpoint: &str) -> Vec<String> {
+    let events = lab.tmctl(["event", "list", "--kind", "certificate", "-o", "json"]).expect(0).json();
+    let events = events.as_array().into_iter().flatten();
+    let of = events.filter(|event| event["endpoint"] == endpoint);
+    of.filter_map(|event| event["detail"].as_str().map(str::to_owned)).collect()
+}
+
+#[test]
+fn who_does_not_renew_is_listed_and_warned_of_twice() {
+    let lab = short_lived("30s");
+    let (mut away, stays) = (lab.agent(), lab.agent());
+    away.stop();
+    lab.wait_away(&away);
+    assert_eq!(warnings(&lab, &away.id), [""; 0], "its certificate is new");
+    wait_for("both warnings", PATIENCE, || {
+        (warnings(&lab, &away.id) == ["ends-in-30-days", "ends-in-7-days"]).then_some(())
+    });
+    let listed = wait_for("the certificate to end", PATIENCE, || {
+        let args = ["endpoint", "certificates", "--expiring", "0", "-o", "json"];
+        let listed = lab.tmctl(args).expect(0).json();
+        (listed[0]["state"] == "ended").then_some(listed)
+    });
+    assert_eq!((&listed[0]["endpoint"], &listed[1]), (&away.id.as_str().into(), &serde_json::Value::Null));
+    let all = lab.tmctl(["endpoint", "certificates", "-o", "json"]).expect(0).json();
+    assert_eq!(all[1]["endpoint"], stays.id.as_str(), "the first to end comes first: {all}");
+    assert_eq!(all[1]["state"], "good", "who renews is none that is warned of: {all}");
+    let status = lab.tmctl(["status", "-o", "json"]).expect(0).json();
+    assert_eq!(status["certificates"]["ending"], 1, "{status}");
+    assert_eq!(status["certificates"]["own"][0]["what"], "authority", "{status}");
+    let told = lab.tmctl(["status"]).expect(0);
+    assert!(told.out().contains("! 1 certificate of agents"), "{}", told.both());
+    assert_eq!(warnings(&lab, &away.id).len(), 2, "twice is all");
+    assert_eq!(warnings(&lab, &stays.id), [""; 0]);
+    lab.tmctl(["endpoint", "certificates", "--expiring", "nine"]).expect(2);
+    lab.tmctl(["endpoint", "certificates", "--expiring", "36501"]).expect(2);
+}
+
+/// The agents on each authority, the oldest first, as `tm-manager ca list` counts them.
+fn on_each(lab: &Lab) -> Vec<u32> {
+    let listed = lab.manager_command(&["ca", "list"]).expect(0);
+    let text = listed.out();
+    text.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect()
+}
+
+/// The authorities that the manager trusts, as the agent's folder has them.
+fn knows(agent: &tm_tests::Agent) -> Vec<u8> {
+    fs::read(agent.data.join("identity/ca.der")).expect("an agent knows authorities")
+}
+
+#[test]
+fn one_authority_follows_another_and_agents_follow_by_themselves() {
+    let mut lab = Lab::start();
+    let (mut first, mut second, mut sleeper) = (lab.agent(), lab.agent(), lab.agent());
+    lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
+    let folder = lab.folder("empty");
+    let old_token = lab.token(1);
+    let copied = first.identity();
+    assert_eq!(on_each(&lab), [3]);
+    lab.manager_command(&["ca", "switch"]).expect(1);
+    lab.manager_command(&["ca", "retire"]).expect(1);
+    sleeper.stop();
+    lab.wait_away(&sleeper);
+    let one = knows(&first);
+
+    lab.manager_command(&["ca", "add"]).expect(0);
+    lab.manager_command(&["ca", "add"]).expect(1);
+    wait_for("both agents to learn the second authority", PATIENCE, || {
+        [&first, &second].iter().all(|agent| knows(agent).len() > one.len() * 3 / 2).then_some(())
+    });
+    assert_eq!(knows(&sleeper), one, "who is away learns nothing");
+    assert_eq!(on_each(&lab), [3, 0], "it issues nothing yet");
+
+    lab.manager_command(&["ca", "switch"]).expect(0);
+    wait_for("both agents to renew under it", PATIENCE, || (on_each(&lab) == [1, 2]).then_some(()));
+    lab.wait_connected(&first);
+    lab.wait_connected(&second);
+    lab.scan(&first, &folder).expect(0);
+    // A token from before and one from now both let an agent in, and both get the new authority's certificate.
+    let (_, enrolled) = lab.enroll(&old_token);
+    enrolled.expect(0);
+    let mut newcomer = lab.agent();
+    assert_eq!(on_each(&lab), [1, 4]);
+
+    let refused = lab.manager_command(&["ca", "retire"]).expect(1);
+    assert!(refused.err().contains(&sleeper.id), "who would be cut off is named: {}", refused.both());
+    assert!(!refused.err().contains(&first.id), "{}", refused.both());
+    // Everything anew, with both trusted.
+    lab.restart_manager();
+    for agent in [&mut first, &mut second, &mut newcomer] {
+        agent.stop();
+        agent.run();
+        lab.wait_connected(agent);
+    }
+    // It knows nothing of all this, and follows.
+    sleeper.run();
+    lab.wait_connected(&sleeper);
+    wait_for("the sleeper to renew", PATIENCE, || (on_each(&lab) == [0, 5]).then_some(()));
+
+    lab.manager_command(&["ca", "retire"]).expect(0);
+    assert_eq!(on_each(&lab), [5]);
+    wait_for("the first authority to be forgotten", PATIENCE, || {
+        let agents = [&first, &second, &newcomer, &sleeper];
+        agents.iter().all(|agent| knows(agent).len() < one.len() * 3 / 2 && knows(agent) != one).then_some(())
+    });
+    lab.restart_manager();
+    for agent in [&mut first, &mut second, &mut newcomer, &mut sleeper] {
+        agent.stop();
+        agent.run();
+        lab.wait_connected(agent);
+        lab.scan(agent, &folder).expect(0);
+    }
+    assert_eq!(lab.endpoints().len(), 5, "nobody was enrolled anew");
+    let why = lab.raw(ALPN_BULK, Some(&copied)).and_then(|mut link| link.ending());
+    assert!(
+        why.as_ref().is_ok_and(|why| !why.is_empty()),
+        "what the first one signed is worth nothing: {why:?}"
+    );
+    let audit = lab.tmctl(["audit", "list", "-o", "json"]).expect(0).json().to_string();
+    for step in ["ca.add", "ca.switch", "ca.retire"] {
+        assert_eq!(audit.matches(step).count(), 1, "{step}");
+    }
+    lab.tmctl(["audit", "verify"]).expect(0);
+}
+
+#[test]
+fn who_sleeps_through_a_rotation_and_its_own_certificates_end_comes_back_unless_it_was_forced_out() {
+    let lab = short_lived("10s");
+    let (mut sleeper, mut lost) = (lab.agent(), lab.agent());
+    let identity = sleeper.identity();
+    for agent in [&mut sleeper, &mut lost] {
+        agent.stop();
+        lab.wait_away(agent);
+    }
+    lab.manager_command(&["ca", "add"]).expect(0);
+    lab.manager_command(&["ca", "switch"]).expect(0);
+    wait_for("the certificate to end", PATIENCE, || {
+        let why = lab.raw(ALPN_BULK, Some(&identity)).and_then(|mut link| link.ending());
+        why.is_ok_and(|why| why.contains("CertificateExpired")).then_some(())
+    });
+    sleeper.run();
+    lab.wait_connected(&sleeper);
+    wait_for("only the other to hang on the first authority", PATIENCE, || {
+        (on_each(&lab) == [1, 1]).then_some(())
+    });
+
+    let refused = lab.manager_command(&["ca", "retire"]).expect(1);
+    assert!(refused.err().contains(&lost.id) && !refused.err().contains(&sleeper.id), "{}", refused.both());
+    let done = lab.manager_command(&["ca", "retire", "--force"]).expect(0);
+    assert!(done.out().contains(&lost.id), "who has to be enrolled anew is named: {}", done.both());
+    lost.run();
+    wait_for("the other to say that it knows nobody here", PATIENCE, || {
+        lost.command(&["status"]).both().contains("UnknownIssuer").then_some(())
+    });
+    assert!(!lab.is_connected(&lost));
+    lab.wait_connected(&sleeper);
+    assert_eq!(lab.endpoints().len(), 2, "and it does not enroll by itself");
+}
+
+#[test]
+fn a_copied_identity_is_reported_and_the_first_agent_keeps_its_session() {
+    let lab = Lab::start();
+    let (agent, other) = (lab.agent(), lab.agent());
+    lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
+    let folder = lab.folder("dirty");
+    fs::write(folder.join("a.com"), samples::eicar()).unwrap();
+    let conflicts = || {
+        let events = lab.tmctl(["event", "list", "--kind", "agent", "-o", "json"]).expect(0).json();
+        let events = events.as_array().into_iter().flatten().cloned();
+        events.filter(|event| event["detail"] == "identity-conflict").collect::<Vec<_>>()
+    };
+    assert_eq!(conflicts().len(), 0);
+    let copy = lab.clone_of(&agent);
+    let reported = wait_for("the conflict to be reported", PATIENCE, || conflicts().pop());
+    assert_eq!(reported["endpoint"], agent.id.as_str());
+    assert!(
+        reported["advice"].as_str().is_some_and(|advice| advice.contains("endpoint revoke")),
+        "{reported}"
+    );
+    wait_for("the copy to say why it is sent away", PATIENCE, || {
+        copy.command(&["status"]).both().contains("identity-in-use").then_some(())
+    });
+    assert!(lab.is_connected(&agent));
+    lab.scan(&agent, &folder).expect(10);
+    assert_eq!(lab.newest_task(&agent).expect("a scan was ordered")["state"], "done");
+    assert_eq!(conflicts().len(), 1, "once");
+    // Revoked, both are out, and nobody else is.
+    lab.tmctl(["endpoint", "revoke", &agent.id]).expect(0);
+    lab.wait_away(&agent);
+    assert!(lab.is_connected(&other));
+}

@@ -197,6 +197,17 @@ impl Lab {
         self.manager.as_ref().expect("the manager runs")
     }
 
+    /// A command of the manager's program on its own folder, beside the one that runs.
+    pub fn manager_command(&self, args: &[&str]) -> Output {
+        let output = Command::new(bin("tm-manager"))
+            .args(args)
+            .arg("--data")
+            .arg(self.manager_data())
+            .output()
+            .expect("tm-manager starts");
+        output.into()
+    }
+
     /// The manager's data folder.
     pub fn manager_data(&self) -> PathBuf {
         self.folder.path().join("manager")
@@ -290,6 +301,20 @@ impl Lab {
             .output()
             .expect("programs can be run");
         (data, output.into())
+    }
+
+    /// A copy of an agent's folder, as a cloned machine has it, with an agent running on it.
+    ///
+    /// # Panics
+    /// If the folder cannot be copied.
+    pub fn clone_of(&self, agent: &Agent) -> Agent {
+        let number = self.agents.fetch_add(1, Ordering::Relaxed) + 1;
+        let data = self.path(&format!("agent-{number}"));
+        let copied = Command::new("cp").arg("-a").arg(&agent.data).arg(&data).status();
+        assert!(copied.expect("there is cp").success(), "the folder is copied");
+        let mut copy = Agent { process: None, log: data.with_extension("log"), data, id: agent.id.clone() };
+        copy.run();
+        copy
     }
 
     /// Enrolls and runs an agent; returns when it is connected.

@@ -398,6 +398,7 @@ async fn session(persona: &Persona, at: SocketAddr, shared: &Shared) -> io::Resu
                     ToAgent::NoticesStored(stored) => shared.lock().notices_are_stored(stored.through),
                     ToAgent::Cancel(_) => {}
                     ToAgent::Goodbye(goodbye) => return Err(io::Error::other(goodbye.failure.to_string())),
+                    ToAgent::Authorities(_) => {}
                     ToAgent::Welcome(_) | ToAgent::EnrollReply(_) | ToAgent::Renewed(_) => {
                         return Err(io::Error::other("a message out of place"));
                     }

@@ -26,6 +26,7 @@ pub(super) fn decode_order(frame: &[u8]) -> Option<Assign> {
         | ToAgent::Goodbye(_)
         | ToAgent::EnrollReply(_)
         | ToAgent::Renewed(_)
+        | ToAgent::Authorities(_)
         | ToAgent::Cancel(_)
         | ToAgent::NoticesStored(_) => None,
     }

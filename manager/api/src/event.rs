@@ -45,6 +45,8 @@ words! {
         Restore = "restore",
         /// Something an agent told of itself (a damaged journal, notices lost, a recovered vault).
         Agent = "agent",
+        /// A certificate that ends and is not being renewed.
+        Certificate = "certificate",
     }
 }
 

@@ -8,6 +8,7 @@
 //! manager, and a manager never misreads a client.
 
 pub mod account;
+pub mod certificate;
 pub mod coverage;
 pub mod endpoint;
 pub mod error;

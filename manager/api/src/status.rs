@@ -76,6 +76,9 @@ pub struct StatusView {
     pub tasks_running: u64,
     /// Incidents that are not resolved.
     pub incidents_open: u64,
+    /// Certificates that end.
+    #[serde(default)]
+    pub certificates: crate::certificate::CertificateSummary,
 }
 
 /// One line of the overview.

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, OtherError, RootCertStore,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error as TlsError, OtherError,
+    RootCertStore, SignatureScheme,
     client::{
         Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -20,7 +20,7 @@ use rustls::{
     server::ParsedCertificate,
 };
 use tm_protocol::{
-    identity::{Identity, Role},
+    identity::{Identity, Role, authority_hint},
     ids::Sha256,
 };
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
@@ -45,7 +45,8 @@ pub(crate) enum Distrust {
 /// If the crypto provider cannot do TLS 1.3.
 pub(crate) fn config(ca: Sha256) -> Result<ClientConfig, TlsError> {
     let provider: Arc<CryptoProvider> = Arc::new(aws_lc_rs::default_provider());
-    let verifier = ManagerVerifier { ca, algorithms: provider.signature_verification_algorithms };
+    let hints = vec![DistinguishedName::from(authority_hint(&ca))];
+    let verifier = ManagerVerifier { ca, hints, algorithms: provider.signature_verification_algorithms };
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
@@ -59,6 +60,8 @@ pub(crate) fn config(ca: Sha256) -> Result<ClientConfig, TlsError> {
 #[derive(Debug)]
 struct ManagerVerifier {
     ca: Sha256,
+    /// Names the authority to the manager, which may answer for several.
+    hints: Vec<DistinguishedName>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
@@ -125,6 +128,10 @@ impl ServerCertVerifier for ManagerVerifier {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.algorithms.supported_schemes()
+    }
+
+    fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
+        Some(&self.hints)
     }
 }
 
@@ -206,7 +213,7 @@ pub(crate) mod tests {
     fn verify(ca: Sha256, leaf: &CertificateDer<'_>, chain: &[CertificateDer<'_>]) -> Result<(), String> {
         let algorithms = aws_lc_rs::default_provider().signature_verification_algorithms;
         let name = ServerName::try_from("whatever.example").unwrap();
-        ManagerVerifier { ca, algorithms }
+        ManagerVerifier { ca, hints: Vec::new(), algorithms }
             .verify_server_cert(leaf, chain, &name, &[], UnixTime::now())
             .map(drop)
             .map_err(|error| format!("{error:?}"))

@@ -8,7 +8,7 @@ use std::{
     io::{self, Write as _},
     net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -23,7 +23,7 @@ use tm_protocol::{
     ids::{EndpointId, FleetId, ManagerId, Sha256},
 };
 use uuid::Uuid;
-use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
+use x509_parser::{parse_x509_certificate, time::ASN1Time};
 
 use crate::store::certificates::NewCertificate;
 
@@ -54,6 +54,8 @@ pub(crate) struct Authority {
     pub(crate) manager: ManagerId,
     /// How long the certificates that it signs are good for.
     life: Duration,
+    /// When it begins and ends, in milliseconds since 1970.
+    pub(crate) validity_ms: (i64, i64),
     certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -65,6 +67,8 @@ pub(crate) struct Issued {
     /// Lower-case hex.
     pub(crate) serial: String,
     pub(crate) not_after_ms: i64,
+    /// Whose it is.
+    pub(crate) authority: Sha256,
     /// SubjectPublicKeyInfo (DER).
     pub(crate) public_key: Vec<u8>,
 }
@@ -72,7 +76,12 @@ pub(crate) struct Issued {
 impl Issued {
     /// What the store keeps of it.
     pub(crate) fn row(&self) -> NewCertificate<'_> {
-        NewCertificate { serial: &self.serial, not_after_ms: self.not_after_ms, public_key: &self.public_key }
+        NewCertificate {
+            serial: &self.serial,
+            not_after_ms: self.not_after_ms,
+            authority: self.authority,
+            public_key: &self.public_key,
+        }
     }
 }
 
@@ -89,60 +98,57 @@ impl Authority {
         fs::DirBuilder::new().mode(0o700).create(folder).map_err(file)?;
         let fleet = FleetId::new(Uuid::now_v7());
         let manager = ManagerId::new(Uuid::now_v7());
-        let key = KeyPair::generate().map_err(CaError::Sign)?;
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.distinguished_name = name(&format!("Threat Management CA {fleet}"));
-        set_times(&mut params, ROOT);
-        let certificate: Certificate = params.self_signed(&key).map_err(CaError::Sign)?;
-        write(folder, "key.der", &key.serialize_der()).map_err(file)?;
-        write(folder, "certificate.der", certificate.der()).map_err(file)?;
+        Self::make(folder, fleet, None)?;
         write(
             folder,
             "ids.json",
             serde_json::json!({ "fleet": fleet, "manager": manager }).to_string().as_bytes(),
         )
         .map_err(file)?;
-        Self::load(folder, DEFAULT_LIFE)
+        Self::load(folder, folder, DEFAULT_LIFE)
     }
 
-    /// Makes a place for another manager of the fleet in `folder`, which must not exist, with the authority of `from`.
-    pub(crate) fn join(folder: &Path, from: &Path) -> Result<Self, CaError> {
-        let existing = Self::load(from, DEFAULT_LIFE)?;
+    /// Makes the key and the certificate of an authority in `folder`, which holds none. One that follows another is
+    /// told from it by `mark`. Its digest.
+    pub(super) fn make(folder: &Path, fleet: FleetId, mark: Option<&str>) -> Result<Sha256, CaError> {
         let file = |source| CaError::File { path: folder.display().to_string(), source };
-        fs::DirBuilder::new().mode(0o700).create(folder).map_err(file)?;
-        for name in ["key.der", "certificate.der"] {
-            let bytes = fs::read(from.join(name))
-                .map_err(|source| CaError::File { path: from.join(name).display().to_string(), source })?;
-            write(folder, name, &bytes).map_err(file)?;
-        }
-        let ids = serde_json::json!({ "fleet": existing.fleet, "manager": ManagerId::new(Uuid::now_v7()) });
-        write(folder, "ids.json", ids.to_string().as_bytes()).map_err(file)?;
-        Self::load(folder, DEFAULT_LIFE)
+        let key = KeyPair::generate().map_err(CaError::Sign)?;
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let mark = mark.map(|mark| format!(" {mark}")).unwrap_or_default();
+        params.distinguished_name = name(&format!("Threat Management CA {fleet}{mark}"));
+        set_times(&mut params, SystemTime::now() + ROOT, ROOT);
+        let certificate: Certificate = params.self_signed(&key).map_err(CaError::Sign)?;
+        write(folder, "key.der", &key.serialize_der()).map_err(file)?;
+        write(folder, "certificate.der", certificate.der()).map_err(file)?;
+        Ok(Sha256::of(certificate.der()))
     }
 
-    /// Reads the authority that [`Authority::create`] or [`Authority::join`] made. What it signs is good for `life`.
-    pub(crate) fn load(folder: &Path, life: Duration) -> Result<Self, CaError> {
+    /// Reads the authority that [`Authority::make`] made in `home`; the names of fleet and manager are in `folder`.
+    /// What it signs is good for `life`, and not longer than itself.
+    pub(super) fn load(folder: &Path, home: &Path, life: Duration) -> Result<Self, CaError> {
         #[derive(serde::Deserialize)]
         struct Ids {
             fleet: FleetId,
             manager: ManagerId,
         }
-        let read = |name: &str| {
-            fs::read(folder.join(name))
-                .map_err(|source| CaError::File { path: folder.join(name).display().to_string(), source })
+        let read = |path: PathBuf| {
+            fs::read(&path).map_err(|source| CaError::File { path: path.display().to_string(), source })
         };
-        let ids: Ids = serde_json::from_slice(&read("ids.json")?).map_err(|_| CaError::Damaged)?;
-        let certificate = CertificateDer::from(read("certificate.der")?);
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(read("key.der")?));
+        let ids = read(folder.join("ids.json"))?;
+        let ids: Ids = serde_json::from_slice(&ids).map_err(|_| CaError::Damaged)?;
+        let certificate = CertificateDer::from(read(home.join("certificate.der"))?);
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(read(home.join("key.der"))?));
         let key = KeyPair::try_from(&key).map_err(|_| CaError::Damaged)?;
-        let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|_| CaError::Damaged)?;
+        let (_, parsed) = parse_x509_certificate(&certificate).map_err(|_| CaError::Damaged)?;
         if parsed.public_key().raw != key.subject_public_key_info() {
             return Err(CaError::Damaged);
         }
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|_| CaError::Damaged)?;
-        Ok(Self { fleet: ids.fleet, manager: ids.manager, life, certificate, issuer })
+        let time = |time: ASN1Time| time.timestamp().saturating_mul(1000);
+        let validity_ms = (time(parsed.validity().not_before), time(parsed.validity().not_after));
+        Ok(Self { validity_ms, fleet: ids.fleet, manager: ids.manager, life, certificate, issuer })
     }
 
     /// The authority's certificate.
@@ -150,9 +156,10 @@ impl Authority {
         &self.certificate
     }
 
-    /// How long what it signs is good for.
-    pub(crate) const fn life(&self) -> Duration {
-        self.life
+    /// When something that it signs now ends: after its life, and not after the authority itself.
+    fn end(&self) -> SystemTime {
+        let own = Duration::from_millis(u64::try_from(self.validity_ms.1).unwrap_or(0));
+        (SystemTime::now() + self.life).min(SystemTime::UNIX_EPOCH + own)
     }
 
     /// Its digest, as tokens and profiles name it.
@@ -186,9 +193,9 @@ impl Authority {
         let serial =
             request.params.serial_number.as_ref().map(|s| hex::encode(s.to_bytes())).unwrap_or_default();
         let certificate = request.signed_by(&self.issuer).map_err(CaError::Sign)?;
-        let not_after = SystemTime::now() + self.life;
-        let not_after = not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let not_after = self.end().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Issued {
+            authority: self.digest(),
             public_key: request.public_key.subject_public_key_info(),
             der: certificate.der().to_vec(),
             serial,
@@ -211,15 +218,15 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![purpose];
         params.is_ca = IsCa::ExplicitNoCa;
-        set_times(&mut params, self.life);
+        set_times(&mut params, self.end(), self.life);
         Ok(params)
     }
 }
 
-fn set_times(params: &mut CertificateParams, length: Duration) {
+fn set_times(params: &mut CertificateParams, end: SystemTime, length: Duration) {
     let now = SystemTime::now();
     params.not_before = (now - BACKDATED.min(length / 10)).into();
-    params.not_after = (now + length).into();
+    params.not_after = end.into();
 }
 
 fn name(common: &str) -> DistinguishedName {
@@ -228,7 +235,7 @@ fn name(common: &str) -> DistinguishedName {
     name
 }
 
-fn write(folder: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write(folder: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(folder.join(name))?;
     file.write_all(bytes)?;
     file.sync_all()

@@ -97,7 +97,8 @@ async fn decide(request: &EnrollRequest, shared: &Shared) -> Result<EnrollReply,
         return Ok(refuse("invalid", "the request is too long"));
     }
     let endpoint = EndpointId::new(Uuid::now_v7());
-    let Ok(issued) = shared.authority.certify(endpoint, &request.csr) else {
+    let authorities = shared.authorities.now();
+    let Ok(issued) = authorities.certify(endpoint, &request.csr) else {
         return Ok(refuse("csr-invalid", "the certificate request is not one"));
     };
     let new = NewEndpoint {
@@ -112,7 +113,7 @@ async fn decide(request: &EnrollRequest, shared: &Shared) -> Result<EnrollReply,
         Ok(()) => EnrollReply::Enrolled {
             endpoint,
             certificate: issued.der,
-            ca: shared.authority.certificate().to_vec(),
+            ca: authorities.issuing().certificate().to_vec(),
             addresses: shared.addresses.get(),
         },
         Err(TokenRefusal::Unknown) => refuse("token-unknown", "this manager knows no such enrollment token"),

@@ -19,7 +19,7 @@ use super::{
     enrollment::{self, Guard},
     now_ms, renewal,
     session::{self, Shared},
-    tls::{AgentTls, Peer, peer},
+    tls::{Peer, Ports, peer},
 };
 use crate::{patterns::Blobs, store::enrollments::CertificateStatus};
 
@@ -33,7 +33,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// What the port works with.
 #[derive(Clone)]
 pub(crate) struct Port {
-    pub(crate) tls: AgentTls,
+    pub(crate) tls: Arc<Ports>,
     pub(crate) blobs: Blobs,
     pub(crate) guard: Guard,
     pub(crate) shared: Shared,
@@ -83,15 +83,16 @@ async fn greet(stream: TcpStream, port: &Port) -> io::Result<Greeted> {
     let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
     let offered: Vec<Vec<u8>> =
         start.client_hello().alpn().map(|names| names.map(<[u8]>::to_vec).collect()).unwrap_or_default();
+    let tls = port.tls.now();
     let offers = |name: &[u8]| offered.iter().any(|offer| offer == name);
     if offers(ALPN_CONTROL) {
-        Ok(Greeted::Control(Box::new(start.into_stream(Arc::clone(&port.tls.control)).await?)))
+        Ok(Greeted::Control(Box::new(start.into_stream(Arc::clone(&tls.control)).await?)))
     } else if offers(ALPN_BULK) {
-        Ok(Greeted::Bulk(Box::new(start.into_stream(Arc::clone(&port.tls.bulk)).await?)))
+        Ok(Greeted::Bulk(Box::new(start.into_stream(Arc::clone(&tls.bulk)).await?)))
     } else if offers(ALPN_ENROLL) {
-        Ok(Greeted::Enroll(Box::new(start.into_stream(Arc::clone(&port.tls.enroll)).await?)))
+        Ok(Greeted::Enroll(Box::new(start.into_stream(Arc::clone(&tls.enroll)).await?)))
     } else if offers(ALPN_RENEW) {
-        Ok(Greeted::Renew(Box::new(start.into_stream(Arc::clone(&port.tls.renew)).await?)))
+        Ok(Greeted::Renew(Box::new(start.into_stream(Arc::clone(&tls.renew)).await?)))
     } else {
         Err(io::Error::other("it names no protocol of ours"))
     }
@@ -180,7 +181,8 @@ enum Judged {
 /// Who the client is, and whether it may come in.
 async fn judge(link: &TlsStream<TcpStream>, port: &Port) -> Judged {
     let certificate = link.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let Some(peer) = certificate.and_then(|certificate| peer(certificate, port.shared.authority.fleet))
+    let Some(peer) =
+        certificate.and_then(|certificate| peer(certificate, port.shared.authorities.now().fleet()))
     else {
         return Judged::Bad;
     };

@@ -2,10 +2,12 @@
 //!
 //! **Invariant:** identity comes from the certificate, never from a message.
 
+pub(crate) mod authorities;
 pub(crate) mod bulk;
 pub(crate) mod ca;
 pub(crate) mod doors;
 pub(crate) mod enrollment;
+pub(crate) mod expiry;
 pub(crate) mod intake;
 pub(crate) mod listener;
 pub(crate) mod meter;

@@ -1,8 +1,9 @@
 //! Who is connected here: memory only, never a second truth.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use tm_protocol::{
@@ -17,6 +18,9 @@ const OUTBOX: usize = 64;
 /// Tasks of one agent whose progress waits for the flush; an agent carries out fewer at a time.
 const TASKS: usize = 16;
 
+/// How long a conflict about one identity is not reported again.
+const CONFLICT: Duration = Duration::from_secs(3600);
+
 /// Every session of this manager.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Registry {
@@ -29,6 +33,8 @@ pub(crate) struct Registry {
 struct Inner {
     sessions: HashMap<EndpointId, Handle>,
     seen: HashSet<EndpointId>,
+    /// When a conflict about an identity was last reported. Only enrolled ones get here.
+    conflicts: HashMap<EndpointId, Instant>,
     /// The newest of each task, by endpoint: what one says of another's task stays its own.
     progress: HashMap<EndpointId, Vec<Progress>>,
 }
@@ -107,6 +113,31 @@ impl Registry {
     /// Every session here: whose, and the number that its endpoint's row counted for it.
     pub(crate) fn sessions(&self) -> Vec<(EndpointId, i64)> {
         self.lock().sessions.iter().map(|(endpoint, handle)| (*endpoint, handle.epoch)).collect()
+    }
+
+    /// Whether no conflict about this identity was reported within the last hour; one is then taken for reported.
+    pub(crate) fn is_new_conflict(&self, endpoint: EndpointId, now: Instant) -> bool {
+        let mut inner = self.lock();
+        inner.conflicts.retain(|_, at| now.duration_since(*at) < CONFLICT);
+        match inner.conflicts.entry(endpoint) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(place) => {
+                place.insert(now);
+                true
+            }
+        }
+    }
+
+    /// How many are connected here.
+    pub(crate) fn count(&self) -> usize {
+        self.lock().sessions.len()
+    }
+
+    /// Tells every agent that is connected here. Whoever has no room for it is told in its next session.
+    pub(crate) fn tell_all(&self, message: &ToAgent) {
+        for handle in self.lock().sessions.values() {
+            let _ = handle.outbox.try_send(Command::Send(Box::new(message.clone())));
+        }
     }
 
     /// Everyone who is connected here.

@@ -54,7 +54,7 @@ pub(crate) async fn renew(
     request: &Renew,
     shared: &Shared,
 ) -> Result<Renewed, StoreError> {
-    let Ok(issued) = shared.authority.certify(endpoint, &request.csr) else {
+    let Ok(issued) = shared.authorities.now().certify(endpoint, &request.csr) else {
         return Ok(refuse("csr-invalid", "the certificate request is not one"));
     };
     if shared.store.renew(endpoint, &issued.row(), now_ms()).await? {

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     LinkError,
-    ca::Authority,
+    authorities::Live,
     doors::Doors,
     intake::{Failed, Intake, Lane, inventory_rows},
     meter::{Cost, Meter, Meters},
@@ -58,7 +58,7 @@ pub(crate) struct Shared {
     pub(crate) doors: Doors,
     pub(crate) registry: Registry,
     pub(crate) meters: Meters,
-    pub(crate) authority: Arc<Authority>,
+    pub(crate) authorities: Arc<Live>,
     pub(crate) manager: ManagerId,
     pub(crate) addresses: Addresses,
     pub(crate) peers: Peers,
@@ -112,6 +112,11 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
         if meter.may_log(Instant::now().into_std()) {
             tracing::warn!(%endpoint, "Two agents use one identity; the newer is sent away.");
         }
+        if shared.registry.is_new_conflict(endpoint, Instant::now().into_std())
+            && let Err(error) = shared.store.report_conflict(endpoint, &hello.boot_id, now_ms()).await
+        {
+            tracing::warn!(%endpoint, %error, "Cannot report two agents of one identity.");
+        }
         let failure =
             Failure::new("identity-in-use", "another agent with this identity is connected and answers");
         return Err(goodbye(link, failure, 60_000).await);
@@ -134,6 +139,8 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
     drop(turn);
     let ended = async {
         write(link, &welcome.into()).await?;
+        let authorities = shared.authorities.now().message(shared.registry.count());
+        write(link, &authorities.into()).await?;
         let lane = shared.intake.lane(endpoint, opened.epoch, opened.stored);
         let session = Session {
             endpoint,

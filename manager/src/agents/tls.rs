@@ -20,13 +20,17 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, UnixTime};
 use tm_protocol::{
     ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL, ALPN_RENEW,
-    identity::Role,
+    identity::{Role, authority_hint},
     ids::{EndpointId, FleetId},
 };
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use super::ca::Authority;
+use super::{
+    authorities::{Authorities, Live},
+    ca::Authority,
+};
 
 /// The configurations of the agent port, chosen by what the client names (ALPN).
 #[derive(Debug, Clone)]
@@ -49,49 +53,137 @@ pub(crate) struct Peer {
 /// How long after its end a certificate may still be renewed.
 const LATE: Duration = Duration::from_secs(30 * 86_400);
 
-/// The certificate that both ports show. It is exchanged while the manager runs, long before it ends.
+/// The certificates that both ports show: one of each authority that is trusted. They are exchanged while the manager
+/// runs, long before they end.
 #[derive(Debug)]
 pub(crate) struct Shown {
-    authority: Arc<Authority>,
+    live: Arc<Live>,
     names: Vec<String>,
-    now: RwLock<Arc<CertifiedKey>>,
+    now: RwLock<Vec<One>>,
+}
+
+/// One of them.
+#[derive(Debug, Clone)]
+struct One {
+    /// By which clients name its authority.
+    hint: Vec<u8>,
+    is_oldest: bool,
+    certificate: Arc<CertifiedKey>,
 }
 
 impl Shown {
-    /// Makes the first one, for these names.
-    pub(crate) fn new(authority: Arc<Authority>, names: Vec<String>) -> anyhow::Result<Self> {
-        let now = RwLock::new(Self::fresh(&authority, &names)?);
-        Ok(Self { authority, names, now })
+    /// Makes the first ones, for these names.
+    pub(crate) fn new(live: Arc<Live>, names: Vec<String>) -> anyhow::Result<Self> {
+        let now = RwLock::new(Self::fresh(&live.now(), &names)?);
+        Ok(Self { live, names, now })
     }
 
-    fn fresh(authority: &Authority, names: &[String]) -> anyhow::Result<Arc<CertifiedKey>> {
-        let (chain, key) = authority.server(names)?;
-        Ok(Arc::new(CertifiedKey::from_der(chain, key, &aws_lc_rs::default_provider())?))
+    fn fresh(authorities: &Authorities, names: &[String]) -> anyhow::Result<Vec<One>> {
+        let oldest = authorities.all().first().map(Authority::digest);
+        authorities
+            .preferred()
+            .map(|authority| {
+                let (chain, key) = authority.server(names)?;
+                Ok(One {
+                    hint: authority_hint(&authority.digest()),
+                    is_oldest: Some(authority.digest()) == oldest,
+                    certificate: Arc::new(CertifiedKey::from_der(
+                        chain,
+                        key,
+                        &aws_lc_rs::default_provider(),
+                    )?),
+                })
+            })
+            .collect()
     }
 
-    fn renew(&self) -> anyhow::Result<()> {
-        let fresh = Self::fresh(&self.authority, &self.names)?;
+    /// Makes all of them anew.
+    pub(crate) fn renew(&self) -> anyhow::Result<()> {
+        let fresh = Self::fresh(&self.live.now(), &self.names)?;
         *self.now.write().unwrap_or_else(PoisonError::into_inner) = fresh;
         Ok(())
+    }
+
+    /// When the one that most clients see begins and ends, in milliseconds since 1970.
+    pub(crate) fn validity_ms(&self) -> Option<(i64, i64)> {
+        let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
+        let (_, parsed) = parse_x509_certificate(now.first()?.certificate.cert.first()?).ok()?;
+        let ms = |time: x509_parser::time::ASN1Time| time.timestamp().saturating_mul(1000);
+        Some((ms(parsed.validity().not_before), ms(parsed.validity().not_after)))
     }
 }
 
 impl ResolvesServerCert for Shown {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(Arc::clone(&self.now.read().unwrap_or_else(PoisonError::into_inner)))
+    /// The first in our order that the client can judge. A client that does not say which authorities it knows is one
+    /// that has known the oldest from its beginning.
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
+        let known = hello.certificate_authorities().unwrap_or_default();
+        let judged = now.iter().find(|one| known.iter().any(|name| name.as_ref() == one.hint));
+        let chosen = judged.or_else(|| now.iter().find(|one| one.is_oldest));
+        chosen.map(|one| Arc::clone(&one.certificate))
     }
 }
 
-/// Exchanges the manager's certificate after each third of its life, until the manager ends.
-pub(crate) async fn keep_fresh(shown: Arc<Shown>, ending: CancellationToken) {
+/// What the agents' port works with now.
+#[derive(Debug)]
+pub(crate) struct Ports {
+    now: RwLock<AgentTls>,
+}
+
+impl Ports {
+    /// For these authorities.
+    pub(crate) fn new(agent: AgentTls) -> Self {
+        Self { now: RwLock::new(agent) }
+    }
+
+    /// Of this moment.
+    pub(crate) fn now(&self) -> AgentTls {
+        self.now.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// How often the authorities' files are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Exchanges the manager's certificates after each third of their life, and takes up the steps of a rotation, until the
+/// manager ends. `changed` hears of every step that was taken up.
+pub(crate) async fn keep_fresh(
+    shown: Arc<Shown>,
+    ports: Arc<Ports>,
+    changed: impl Fn(&Authorities),
+    ending: CancellationToken,
+) {
+    let third = shown.live.life() / 3;
+    let mut renewed = Instant::now();
     loop {
         tokio::select! {
-            () = tokio::time::sleep(shown.authority.life() / 3) => {}
+            () = sleep(LOOK) => {}
             () = ending.cancelled() => return,
         }
-        // Two more tries are left before it ends.
+        let has_changed = match shown.live.look() {
+            Ok(has_changed) => has_changed,
+            Err(error) => {
+                tracing::error!(%error, "Cannot read the certificate authorities; those of before stay.");
+                false
+            }
+        };
+        if !has_changed && renewed.elapsed() < third {
+            continue;
+        }
+        renewed = Instant::now();
+        // Two more tries are left before they end.
         if let Err(error) = shown.renew() {
-            tracing::error!(%error, "Cannot renew the manager's certificate.");
+            tracing::error!(%error, "Cannot renew the manager's certificates.");
+        }
+        if has_changed {
+            let authorities = shown.live.now();
+            match configure(&authorities, &shown) {
+                Ok((agent, _)) => *ports.now.write().unwrap_or_else(PoisonError::into_inner) = agent,
+                Err(error) => tracing::error!(%error, "Cannot trust the authorities of now."),
+            }
+            tracing::info!(issuing = %authorities.issuing().digest(), "The certificate authorities have changed.");
+            changed(&authorities);
         }
     }
 }
@@ -144,12 +236,14 @@ impl ClientCertVerifier for Lenient {
 
 /// Sets both ports up.
 pub(crate) fn configure(
-    authority: &Authority,
+    authorities: &Authorities,
     shown: &Arc<Shown>,
 ) -> anyhow::Result<(AgentTls, Arc<ServerConfig>)> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();
-    roots.add(authority.certificate().clone())?;
+    for authority in authorities.all() {
+        roots.add(authority.certificate().clone())?;
+    }
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build()?;
     let lenient: Arc<dyn ClientCertVerifier> = Arc::new(Lenient(Arc::clone(&verifier)));

@@ -6,6 +6,7 @@
 
 mod accounts;
 mod audit;
+mod certificates;
 mod cleanups;
 mod coverage;
 mod endpoints;
@@ -34,6 +35,7 @@ use axum::{
 use tm_api::{Page, account::Role, error::Code};
 use tm_protocol::ids::{FleetId, ManagerId, Sha256};
 use tm_scanner::pool::WorkerProgram;
+use tokio::sync::watch;
 use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLayer};
 
 use self::error::{Error, quoted};
@@ -60,7 +62,7 @@ pub(crate) struct AppState {
     /// The managers' addresses, as enrollment tokens name them.
     pub(crate) addresses: Addresses,
     /// The digest of the CA certificate, as enrollment tokens name it.
-    pub(crate) ca_sha256: Sha256,
+    pub(crate) ca_sha256: watch::Receiver<Sha256>,
     pub(crate) manager: ManagerId,
     pub(crate) fleet: FleetId,
     /// Tries patterns.
@@ -112,6 +114,7 @@ pub(crate) static ROUTES: &[Route] = &[
         on(m, endpoints::forget)
     }),
     route(Method::GET, "/v1/endpoints/{target}/why", Permission::ReadStatus, |m| on(m, status::why)),
+    route(Method::GET, "/v1/certificates", Permission::ReadEndpoints, |m| on(m, certificates::list)),
     route(Method::GET, "/v1/coverage", Permission::ReadCoverage, |m| on(m, coverage::show)),
     route(Method::GET, "/v1/status", Permission::ReadStatus, |m| on(m, status::show)),
     route(Method::GET, "/v1/events", Permission::ReadEvents, |m| on(m, events::list)),

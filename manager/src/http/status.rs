@@ -6,7 +6,7 @@ use tm_api::{
     task::TaskView,
 };
 
-use super::{AppState, endpoints, error::Error, events, input::Named, tasks};
+use super::{AppState, certificates, endpoints, error::Error, events, input::Named, tasks};
 use crate::{
     mitigation::advice::{self, Standing},
     store::{events::EventFilter, incidents::IncidentFilter, tasks::TaskFilter},
@@ -19,6 +19,7 @@ const EVENTS: u32 = 10;
 
 pub(crate) async fn show(State(state): State<AppState>) -> Result<Json<StatusView>, Error> {
     let overview = state.store.overview().await?;
+    let certificates = certificates::summary(&state).await?;
     let count = |wanted: Query| {
         overview.queries.iter().find(|(query, ..)| *query == wanted).map_or(0, |(_, count, _)| *count)
     };
@@ -31,6 +32,7 @@ pub(crate) async fn show(State(state): State<AppState>) -> Result<Json<StatusVie
         tasks_queued: overview.tasks_queued,
         tasks_running: overview.tasks_running,
         incidents_open: overview.incidents_open,
+        certificates,
         queries: overview
             .queries
             .into_iter()

@@ -46,7 +46,7 @@ impl Lab {
             .unwrap(),
             nudge: Arc::default(),
             addresses: Addresses::new(vec!["manager.example:4711".parse().unwrap()]),
-            ca_sha256: Sha256::new([9; 32]),
+            ca_sha256: tokio::sync::watch::channel(Sha256::new([9; 32])).1,
             manager: ManagerId::new(Uuid::from_u128(1)),
             fleet: FleetId::new(Uuid::from_u128(2)),
             worker: WorkerProgram { path: "/nonexistent/worker".into(), args: Vec::new() },
@@ -213,7 +213,7 @@ async fn an_enrollment_token_says_where_and_whom_to_trust() {
     }
     let made = lab.ask(Method::POST, "/v1/tokens", wish(3, 60)).await;
     let token: EnrollmentToken = made.body["token"].as_str().unwrap().parse().unwrap();
-    assert_eq!((token.addresses, token.ca), (lab.state.addresses.get(), lab.state.ca_sha256));
+    assert_eq!((token.addresses, token.ca), (lab.state.addresses.get(), *lab.state.ca_sha256.borrow()));
     let stored = lab.state.store.tokens().await.unwrap();
     assert_eq!((stored.len(), stored[0].uses), (1, 3));
     let path = format!("/v1/tokens/{}", stored[0].id);

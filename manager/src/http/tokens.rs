@@ -42,7 +42,8 @@ pub(crate) async fn create(
     }
     let secret: [u8; 32] = rand::random();
     let digest = Sha256::of(&secret);
-    let token = EnrollmentToken { addresses, ca: state.ca_sha256, secret: secret.into() };
+    let ca = *state.ca_sha256.borrow();
+    let token = EnrollmentToken { addresses, ca, secret: secret.into() };
     let created_ms = now_ms();
     let row = TokenRow {
         id: TokenId::new(Uuid::now_v7()),

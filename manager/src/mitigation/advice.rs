@@ -93,6 +93,18 @@ fn unsuccessful(subject: &Subject<'_>, target: &str) -> String {
                 "Scan less at a time, or allow more time with `--deadline`: `tmctl scan start {target} --path /`."
             )
         }
+        ("identity-conflict", EventKind::Agent) => {
+            format!(
+                "A machine or folder was copied. On the copy, remove the agent's data folder and enroll it anew; if you \
+                 do not know which one is the copy, shut both out: `tmctl endpoint revoke {target}`."
+            )
+        }
+        (_, EventKind::Certificate) => {
+            format!(
+                "See that the agent comes back before the end (up to 30 days after it, it renews by itself), or enroll \
+                 it anew: `tmctl why {target}`."
+            )
+        }
         (_, EventKind::Agent) => {
             format!("See what the endpoint told and whether work was lost: `tmctl endpoint events {target}`.")
         }

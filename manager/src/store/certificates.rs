@@ -6,7 +6,7 @@
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::json;
 use sqlx::Row as _;
-use tm_protocol::ids::{EndpointId, ManagerId};
+use tm_protocol::ids::{EndpointId, ManagerId, Sha256};
 
 use super::{
     Store, StoreError, Tx,
@@ -20,6 +20,8 @@ pub(crate) struct NewCertificate<'a> {
     /// Lower-case hex.
     pub(crate) serial: &'a str,
     pub(crate) not_after_ms: i64,
+    /// Whose it is.
+    pub(crate) authority: Sha256,
     /// SubjectPublicKeyInfo (DER).
     pub(crate) public_key: &'a [u8],
 }
@@ -35,14 +37,15 @@ pub(super) async fn enter(
     now_ms: i64,
 ) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms, public_key)
-         VALUES ($1, $2, $3, $4, $5)",
+        "INSERT INTO certificate (serial, endpoint_id, issued_ms, not_after_ms, public_key, authority)
+         VALUES ($1, $2, $3, $4, $5, $6)",
     )
     .bind(new.serial.to_owned())
     .bind(endpoint.to_string())
     .bind(now_ms)
     .bind(new.not_after_ms)
     .bind(STANDARD.encode(new.public_key))
+    .bind(new.authority.to_string())
     .execute(&mut **tx)
     .await
     .map_err(StoreError::query("enter a certificate"))?;

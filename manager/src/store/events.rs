@@ -141,6 +141,42 @@ async fn hosts(
     Ok(hosts)
 }
 
+/// Appends one event of the manager itself, inside the transaction of what it tells of.
+///
+/// # Errors
+/// If the database refuses; the whole transaction is then void.
+pub(crate) async fn append_own(
+    tx: &mut Tx,
+    status: EventStatus,
+    detail: &str,
+    message: &str,
+    at_ms: i64,
+) -> Result<(), StoreError> {
+    let number = number(tx).await?;
+    sqlx::query(
+        "INSERT INTO event (id, at_ms, endpoint_id, host, kind, status, detail, message)
+         VALUES ($1, $2, '', 'manager', $3, $4, $5, $6)",
+    )
+    .bind(number)
+    .bind(at_ms)
+    .bind(EventKind::Certificate.word())
+    .bind(status.word())
+    .bind(detail.to_owned())
+    .bind(message.to_owned())
+    .execute(&mut **tx)
+    .await
+    .map_err(StoreError::query("append an event of the manager"))?;
+    Ok(())
+}
+
+async fn number(tx: &mut Tx) -> Result<i64, StoreError> {
+    let row = sqlx::query("UPDATE counter SET value = value + 1 WHERE name = 'event' RETURNING value")
+        .fetch_one(&mut **tx)
+        .await
+        .map_err(StoreError::query("number an event"))?;
+    Ok(row.get(0))
+}
+
 /// One line of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct EventRow {

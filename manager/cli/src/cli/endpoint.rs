@@ -74,6 +74,18 @@ pub(crate) enum Endpoint {
         )]
         limit: u32,
     },
+    /// List agents' certificates, the first to end first
+    #[command(
+        long_about = "List agents' certificates, the first to end first. Agents renew theirs by themselves \
+        after two thirds of its life; what is `away`, `late`, `ended` or `needs-enrollment` is for a person.\n\n\
+        Examples:\n  tmctl endpoint certificates --expiring 30\n  \
+        tmctl endpoint certificates -o csv"
+    )]
+    Certificates {
+        /// Only those that end within so many days or have ended
+        #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(0..=36_500))]
+        expiring: Option<u32>,
+    },
     /// Shut an endpoint's agent out for ever
     #[command(
         long_about = "Shut an endpoint's agent out for ever: its certificates are refused from now on, and \

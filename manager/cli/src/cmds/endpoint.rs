@@ -1,6 +1,7 @@
 //! `tmctl endpoint`.
 
 use tm_api::{
+    certificate::{CertificateQuery, CertificateView},
     endpoint::{Connectivity, EndpointQuery, EndpointView, InventoryView, Revoke, SetGroup},
     event::{IncidentQuery, IncidentView},
 };
@@ -55,6 +56,19 @@ const INCIDENTS: [Column<IncidentView>; 13] = [
     Column::wide("task", |i| i.task.clone().unwrap_or_default()),
 ];
 
+const CERTIFICATES: [Column<CertificateView>; 10] = [
+    Column::id("endpoint", |c| c.endpoint.clone()),
+    Column::narrow("host", |c| c.host.clone()),
+    Column::narrow("state", |c| c.state.to_string()),
+    Column::time("ends_at", |c| c.ends_at.clone()),
+    Column::narrow("connectivity", |c| c.connectivity.to_string()),
+    Column::time("last_seen_at", |c| c.last_seen_at.clone().unwrap_or_default()),
+    Column::wide("group", |c| c.group.clone()),
+    Column::wide_time("issued_at", |c| c.issued_at.clone()),
+    Column::wide("serial", |c| c.serial.clone()),
+    Column::wide("authority", |c| c.authority.clone()),
+];
+
 pub(crate) async fn run(command: Endpoint, client: &Client, out: &Output) -> Result<Exit, Failure> {
     match command {
         Endpoint::List { search, group, query, connected, disconnected } => {
@@ -79,6 +93,11 @@ pub(crate) async fn run(command: Endpoint, client: &Client, out: &Output) -> Res
             if u32::try_from(found.len()).is_ok_and(|count| count >= limit) {
                 say(&format!("these are the newest {limit}; --limit shows more, up to 1000\n"));
             }
+        }
+        Endpoint::Certificates { expiring } => {
+            let query = CertificateQuery { expiring_days: expiring };
+            let found: Vec<CertificateView> = client.get(&["certificates"], &query).await?;
+            out.list(&found, &CERTIFICATES, "no certificates")?;
         }
         Endpoint::Revoke { target, reason } => {
             let body = Revoke { reason };

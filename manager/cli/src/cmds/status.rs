@@ -42,6 +42,12 @@ fn text(status: &StatusView) -> String {
         plural(status.tasks_queued, "task"),
         plural(status.tasks_running, "task"),
     );
+    for warning in &status.certificates.warnings {
+        let _ = writeln!(text, "! {warning}");
+    }
+    if !status.certificates.warnings.is_empty() {
+        text.push('\n');
+    }
     for query in &status.queries {
         let _ = write!(text, "{:15}  {:>6}", query.name.word(), query.count);
         if query.queued_automatically > 0 {
@@ -80,6 +86,7 @@ const fn commands(query: Query) -> &'static [&'static str] {
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
+    use tm_api::certificate::CertificateSummary;
 
     use super::*;
     use crate::cli::Cli;
@@ -95,6 +102,7 @@ mod tests {
             tasks_queued: 1,
             tasks_running: 0,
             incidents_open: 4,
+            certificates: CertificateSummary::default(),
         }
     }
 
