@@ -19,6 +19,7 @@ pub(crate) mod due;
 pub(crate) mod endpoints;
 pub(crate) mod enrollments;
 pub(crate) mod events;
+pub(crate) mod export;
 pub(crate) mod incidents;
 pub(crate) mod items;
 pub(crate) mod managers;
