@@ -43,11 +43,12 @@ const AGENT: [(&str, &[&str]); 7] = [
 ];
 
 /// The same for the manager.
-const MANAGER: [(&str, &[&str]); 7] = [
+const MANAGER: [(&str, &[&str]); 8] = [
     ("access", &[]),
     // Pure; the store applies it within the transaction of what happened.
     ("mitigation", &[]),
     ("store", &["mitigation"]),
+    ("backup", &["store"]),
     ("patterns", &["store"]),
     ("agents", &["store", "patterns"]),
     ("dispatch", &["store", "agents"]),

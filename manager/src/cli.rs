@@ -23,6 +23,7 @@ use crate::{
         authorities::{self, Authorities},
         ca::{Authority, DEFAULT_LIFE},
     },
+    backup::{self, Places, Verified},
     config::{self, Config},
     server,
     store::{Store, schema::Version},
@@ -78,6 +79,30 @@ enum Command {
         #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-manager")]
         data: PathBuf,
     },
+    /// Copy everything that a manager is into one file, while it runs: database, patterns, keys, configuration
+    ///
+    /// The file holds the fleet's keys: only its owner can read it, and so it should stay.
+    Backup {
+        /// The file, which must not exist
+        file: PathBuf,
+        /// The folder that `init` made
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-manager")]
+        data: PathBuf,
+    },
+    /// Make a manager of a copy, in a new folder and an empty database
+    ///
+    /// Agents that went on since tell again what they have done, and do nothing twice. What was enrolled since is not
+    /// known, and enrolls again; what enrollment tokens were used for since is forgotten: revoke those that are open.
+    Restore {
+        /// The file that `backup` made
+        file: PathBuf,
+        /// The new folder
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/tm-manager")]
+        data: PathBuf,
+        /// Another database than the copy's configuration names
+        #[arg(long, value_name = "URL")]
+        database: Option<String>,
+    },
     /// Say whether the configuration is right
     CheckConfig {
         /// The folder that `init` made
@@ -118,6 +143,8 @@ pub(crate) fn run() -> ExitCode {
             init(new, join.as_deref())
         }
         Command::Serve { data } => serve(&data),
+        Command::Backup { file, data } => backup(&file, &data),
+        Command::Restore { file, data, database } => restore(&file, &data, database.as_deref()),
         Command::Migrate { data } => migrate(&data),
         Command::CheckConfig { data } => check(&data),
         Command::Ca(step) => rotation::run(step),
@@ -292,6 +319,58 @@ fn migrate(data: &Path) -> anyhow::Result<()> {
         io::stdout(),
         "The database has the schema {} (before: {before}).",
         Version::of_this_program()
+    );
+    Ok(())
+}
+
+fn backup(file: &Path, data: &Path) -> anyhow::Result<()> {
+    let config = load(data)?;
+    let url = config.database.clone().unwrap_or_else(|| default_database(data));
+    let patterns = config.patterns(data);
+    let sum = runtime()?.block_on(async {
+        let store = Store::connect(&url).await?;
+        let sum = backup::write(&store, Places { data, patterns: &patterns }, file, now_ms()).await;
+        store.close().await;
+        anyhow::Ok(sum?)
+    })?;
+    let _ = writeln!(
+        io::stdout(),
+        "{} holds {} rows, {} patterns, the keys and the configuration. Whoever has it has the fleet: keep it so.",
+        file.display(),
+        sum.rows,
+        sum.patterns
+    );
+    Ok(())
+}
+
+fn restore(file: &Path, data: &Path, database: Option<&str>) -> anyhow::Result<()> {
+    if data.join("manager.toml").exists() {
+        bail!("`{}` holds a manager; a copy is restored into a new folder", data.display());
+    }
+    let copy = Verified::open(file)?;
+    let text = match database {
+        Some(url) => config::with_database(&copy.config, url),
+        None => copy.config.clone(),
+    };
+    let config = Config::parse(&text).context("the copy's configuration is not one of this version")?;
+    let url = config.database.clone().unwrap_or_else(|| default_database(data));
+    let patterns = config.patterns(data);
+    DirBuilder::new().recursive(true).mode(0o700).create(data).context("cannot make the data folder")?;
+    let sum = runtime()?.block_on(async {
+        let store = Store::connect(&url).await?;
+        let sum = copy.restore(&store, Places { data, patterns: &patterns }, &text).await;
+        store.close().await;
+        anyhow::Ok(sum?)
+    })?;
+    let at =
+        jiff::Timestamp::from_millisecond(sum.at_ms).map_or_else(|_| "?".to_owned(), |at| at.to_string());
+    let _ = writeln!(
+        io::stdout(),
+        "{} is a manager as it was at {at}: {} rows, {} patterns.\nStart it: tm-manager serve --data {}",
+        data.display(),
+        sum.rows,
+        sum.patterns,
+        data.display()
     );
     Ok(())
 }

@@ -70,9 +70,23 @@ impl Config {
         let shown = path.display().to_string();
         let text =
             fs::read_to_string(path).map_err(|source| ConfigError::Read { path: shown.clone(), source })?;
+        Self::read(&text, shown)
+    }
+
+    /// Reads a configuration that is not in its place.
+    pub(crate) fn parse(text: &str) -> Result<Self, ConfigError> {
+        Self::read(text, "manager.toml".to_owned())
+    }
+
+    fn read(text: &str, shown: String) -> Result<Self, ConfigError> {
         let raw: Raw =
-            toml::from_str(&text).map_err(|e| ConfigError::Syntax { path: shown, source: Box::new(e) })?;
+            toml::from_str(text).map_err(|e| ConfigError::Syntax { path: shown, source: Box::new(e) })?;
         raw.try_into()
+    }
+
+    /// Where the bytes of patterns are, for a manager in `data`.
+    pub(crate) fn patterns(&self, data: &Path) -> PathBuf {
+        self.patterns.clone().unwrap_or_else(|| data.join("patterns"))
     }
 
     /// Every address that agents may use, in order.
@@ -174,6 +188,17 @@ fn duration(text: &str) -> Option<Duration> {
     }
 }
 
+/// A configuration with another database.
+pub(crate) fn with_database(text: &str, url: &str) -> String {
+    let is_old = |line: &&str| {
+        let key = line.trim_start().strip_prefix("database");
+        key.is_some_and(|rest| rest.trim_start().starts_with('='))
+    };
+    // Top-level keys come before every table.
+    let rest: Vec<&str> = text.lines().filter(|line| !is_old(line)).collect();
+    format!("database = {url:?}\n{}\n", rest.join("\n"))
+}
+
 /// The file that `init` writes.
 pub(crate) fn render(
     agent: SocketAddr,
@@ -251,6 +276,17 @@ mod tests {
         assert_eq!(addresses, ["m.example:4433", "[2001:db8::1]:4433", "f.example:9", "[::1]:8"]);
         assert_eq!(config.hosts(), ["m.example", "2001:db8::1", "f.example", "::1"]);
         assert_eq!(config.limits, limits::tests::defaults());
+    }
+
+    #[test]
+    fn a_configuration_gets_another_database() {
+        let listen = |text: &str| text.parse().unwrap();
+        for old in [None, Some("postgres://a/b")] {
+            let text = render(listen("[::]:1"), listen("[::]:2"), &["m".to_owned()], old, None);
+            let config = Config::parse(&with_database(&text, "sqlite:/x y\"z")).unwrap();
+            assert_eq!(config.database.as_deref(), Some("sqlite:/x y\"z"));
+            assert_eq!(config.public_names.len(), 1);
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod access;
 mod addresses;
 mod agents;
+mod backup;
 mod cli;
 mod config;
 mod dispatch;

@@ -60,8 +60,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let url = config.database.clone().unwrap_or_else(|| cli::default_database(data));
     let store = Store::connect(&url).await?;
     bring_up(&store, manager).await?;
-    let patterns = config.patterns.clone().unwrap_or_else(|| data.join("patterns"));
-    let blobs = Blobs::open(patterns, manager).context("cannot open the patterns' folder")?;
+    let blobs = Blobs::open(config.patterns(data), manager).context("cannot open the patterns' folder")?;
     anyhow::ensure!(
         store.claim_fleet(present.fleet()).await?,
         "the database belongs to another fleet than the authority in `{}`",

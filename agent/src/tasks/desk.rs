@@ -140,7 +140,8 @@ impl Desk {
                 | Effect::SendNotices { .. }
                 | Effect::Start { .. }
                 | Effect::Restream
-                | Effect::Forget(_) => self.pending.push_back(effect),
+                | Effect::Forget(_)
+                | Effect::ForgetOutcome(_) => self.pending.push_back(effect),
             }
         }
         self.settle(now, &mut acts);
@@ -230,7 +231,11 @@ impl Desk {
                 Effect::Persist(_) => {}
                 Effect::Stop(task) => acts.push(Act::Stop(task)),
                 Effect::Start { task, spec, resumed } => acts.push(Act::Start { task, spec, resumed }),
-                Effect::Forget(task) => self.journal.forget(Key::Ended(task)),
+                Effect::Forget(task) => {
+                    self.journal.forget(Key::Ended(task));
+                    self.journal.forget(Key::Outcome(task));
+                }
+                Effect::ForgetOutcome(task) => self.journal.forget(Key::Outcome(task)),
                 Effect::SendReport(sequence) => match self.journal.report(sequence) {
                     Ok(frame) => acts.push(Act::Send(frame)),
                     Err(error) => {

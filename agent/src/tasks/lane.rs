@@ -100,9 +100,10 @@ impl Lane {
     ///
     /// # Errors
     /// If the manager has stored what was never sent from here: this journal is older than what it has seen
-    /// (its end was cut off, or the machine was set back to an earlier state).
+    /// (its end was cut off, or the machine was set back to an earlier state). If it no longer has what it had
+    /// stored: then it was set back itself, and what is missing there is gone here.
     pub(crate) fn connected(&mut self, stored: u64) -> Result<(), GoneBack> {
-        if stored > self.known {
+        if stored > self.known || stored < self.stored {
             return Err(GoneBack);
         }
         self.let_go(stored);
@@ -209,5 +210,6 @@ mod tests {
         }
         assert_eq!(lane.connected(4), Err(GoneBack));
         assert_eq!(lane.connected(2), Ok(()), "the control");
+        assert_eq!(lane.connected(1), Err(GoneBack), "a manager that has forgotten what it had stored");
     }
 }

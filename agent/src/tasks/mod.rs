@@ -17,6 +17,7 @@ pub(crate) mod lane;
 #[cfg(test)]
 mod model;
 mod order;
+mod outcomes;
 pub(crate) mod sign;
 mod treat;
 #[cfg(test)]
@@ -38,6 +39,7 @@ use self::{
     },
     lane::{GoneBack, Lane, Next},
     order::{decode_order, encode_order, invalid},
+    outcomes::{Outcomes, REMEMBER_MS, remember_ms},
 };
 
 /// Bytes of reports that may wait for the manager; beyond it no task is begun, and who finds more waits.
@@ -56,9 +58,6 @@ const MAX_ABANDONED: usize = 8;
 const MAX_ATTEMPTS: u32 = 25;
 /// Ended tasks that are remembered.
 const MAX_ENDED: usize = 20_000;
-/// The shortest time for which an ended task is remembered after the manager has stored its end, in milliseconds:
-/// until it has, it hands the task out again.
-const REMEMBER_MS: u64 = 3_600_000;
 /// How long a task that is called off may take to say what it has done, in milliseconds.
 const CANCEL_MS: u64 = 1_500;
 /// The same at its deadline.
@@ -122,10 +121,12 @@ pub(crate) enum Effect {
     Start { task: TaskId, spec: TaskSpec, resumed: bool },
     /// The running task must end soon.
     Stop(TaskId),
-    /// The manager knows more of the stream than this agent: begin another.
+    /// The manager knows more of the stream than this agent, or less than it once did: begin another.
     Restream,
     /// Nothing has to be remembered of this task any more.
     Forget(TaskId),
+    /// The same of how it ended only.
+    ForgetOutcome(TaskId),
 }
 
 /// Every order this agent knows of, and what it still owes the manager.
@@ -141,6 +142,7 @@ pub(crate) struct Tasks {
     abandoned: BTreeMap<TaskId, bool>,
     ended: HashMap<TaskId, Ended>,
     ended_order: VecDeque<TaskId>,
+    outcomes: Outcomes,
     reports: Lane,
     notices: Lane,
     /// Notices that found no room.
@@ -214,6 +216,7 @@ impl Tasks {
             abandoned: BTreeMap::new(),
             ended: HashMap::new(),
             ended_order: VecDeque::new(),
+            outcomes: Outcomes::default(),
             reports: Lane::default(),
             notices: Lane::default(),
             dropped: 0,
@@ -272,8 +275,10 @@ impl Tasks {
     fn remember(&mut self, records: Vec<Record>, outbox: &Outbox, now: Now, effects: &mut Vec<Effect>) {
         let mut begun = HashMap::new();
         let mut orders = Vec::new();
+        let mut outcomes = Vec::new();
         for record in records {
             match record {
+                Record::Outcome { task, frame } => outcomes.push((task, frame)),
                 Record::Started { task, ends, attempt } => {
                     begun.insert(task, (ends.at(now, self.boot), attempt));
                 }
@@ -300,6 +305,15 @@ impl Tasks {
                 None => {
                     self.note_end(task, *sequence, now.elapsed_ms.saturating_add(REMEMBER_MS), now, effects)
                 }
+            }
+        }
+        // Ids are ordered by time.
+        outcomes.sort_unstable_by_key(|(task, _)| *task);
+        for (task, frame) in outcomes {
+            if self.ended.contains_key(&task) {
+                self.keep_outcome(task, frame, effects);
+            } else {
+                effects.push(Effect::ForgetOutcome(task));
             }
         }
         orders.retain(|(task, _, _)| !self.ended.contains_key(task));
@@ -355,6 +369,14 @@ impl Tasks {
             "the agent's notes of this task are damaged: how it ended is not known",
         );
         self.end(task, Outcome::Failed(failure), until_ms, now, effects);
+    }
+
+    /// The end was told in an earlier stream and the manager does not have it: it was set back to an earlier state. It
+    /// is told once more; the task is not done again.
+    fn tell_again(&mut self, task: TaskId, until_ms: u64, now: Now, effects: &mut Vec<Effect>) {
+        let body = self.outcomes.tell(task);
+        let (sequence, _) = self.report(body, Some(task), now, effects);
+        self.note_end(task, sequence, until_ms, now, effects);
     }
 
     /// The stream that reports are numbered in.
@@ -447,6 +469,8 @@ impl Tasks {
         if let Some(ended) = self.ended.get(&task).copied() {
             if self.is_untold(&ended) {
                 self.tell_lost_end(task, ended.until_ms, now, effects);
+            } else if ended.sequence == 0 {
+                self.tell_again(task, ended.until_ms, now, effects);
             }
             return;
         }
@@ -602,6 +626,7 @@ impl Tasks {
             }
             self.ended_order.pop_front();
             self.ended.remove(&oldest);
+            self.outcomes.forget(oldest);
             effects.push(Effect::Forget(oldest));
         }
     }
@@ -649,8 +674,14 @@ impl Tasks {
         now: Now,
         effects: &mut Vec<Effect>,
     ) {
-        let sequence = self.report(body, Some(task), now, effects);
+        let (sequence, frame) = self.report(body, Some(task), now, effects);
         self.note_end(task, sequence, forget_ms, now, effects);
+        effects.push(Effect::Persist(Record::Outcome { task, frame: frame.clone() }));
+        self.keep_outcome(task, frame, effects);
+    }
+
+    fn keep_outcome(&mut self, task: TaskId, frame: Vec<u8>, effects: &mut Vec<Effect>) {
+        effects.extend(self.outcomes.keep(task, frame).into_iter().map(Effect::ForgetOutcome));
     }
 
     fn note_end(&mut self, task: TaskId, sequence: u64, until_ms: u64, now: Now, effects: &mut Vec<Effect>) {
@@ -668,11 +699,19 @@ impl Tasks {
             && let Some(oldest) = self.ended_order.pop_front()
         {
             self.ended.remove(&oldest);
+            self.outcomes.forget(oldest);
             effects.push(Effect::Forget(oldest));
         }
     }
 
-    fn report(&mut self, body: ReportBody, ends: Option<TaskId>, now: Now, effects: &mut Vec<Effect>) -> u64 {
+    /// Reports; the report's number and its frame.
+    fn report(
+        &mut self,
+        body: ReportBody,
+        ends: Option<TaskId>,
+        now: Now,
+        effects: &mut Vec<Effect>,
+    ) -> (u64, Vec<u8>) {
         let sequence = self.reports.last() + 1;
         let report = Report { sequence, at_ms: now.unix_ms, body };
         let frame = encode_report(&report).unwrap_or_else(|| {
@@ -692,8 +731,9 @@ impl Tasks {
             encode_report(&Report { sequence, at_ms: now.unix_ms, body }).unwrap_or_default()
         });
         self.reports.push(u64::try_from(frame.len()).unwrap_or(u64::MAX));
-        effects.push(Effect::Persist(Record::Report { epoch: self.epoch, sequence, ends, frame }));
-        sequence
+        let report = Record::Report { epoch: self.epoch, sequence, ends, frame: frame.clone() };
+        effects.push(Effect::Persist(report));
+        (sequence, frame)
     }
 
     fn note(&mut self, code: &str, message: String, count: u64, now: Now, effects: &mut Vec<Effect>) {
@@ -748,11 +788,6 @@ impl Tasks {
 
 fn too_late() -> Failure {
     Failure::new("deadline", "the task took longer than its order allows")
-}
-
-/// An order is recognised for twice the time for which it may wait.
-fn remember_ms(expires_in_ms: u64) -> u64 {
-    expires_in_ms.saturating_mul(2).max(REMEMBER_MS)
 }
 
 fn wide(n: usize) -> u64 {

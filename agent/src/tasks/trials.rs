@@ -163,7 +163,7 @@ impl Bench {
 }
 
 #[test]
-fn an_end_is_remembered_until_the_manager_has_stored_it_and_an_hour_more() {
+fn an_end_is_remembered_until_the_manager_has_stored_it_and_a_day_more() {
     let folder = scratch();
     let mut bench = Bench::open(folder.path());
     bench.connect(0);
@@ -181,7 +181,9 @@ fn an_end_is_remembered_until_the_manager_has_stored_it_and_an_hour_more() {
     bench.handle(Event::ReportsStored { through: 3 });
     bench.handle(Event::Assigned(scan(1)));
     assert_eq!((bench.begun.len(), bench.ends(id(1))), (1, 1), "begun again, as soon as its end was stored");
-    bench.pass(2 * HOUR);
+    bench.pass(20 * HOUR);
+    assert!(bench.desk.is_remembered(id(1)), "a manager that is restored from last night's copy asks again");
+    bench.pass(10 * HOUR);
     assert!(!bench.desk.is_remembered(id(1)), "in the end it is forgotten");
     bench.handle(Event::Assigned(scan(2)));
     bench.pass(2 * HOUR);

@@ -21,6 +21,7 @@ pub(crate) mod endpoints;
 pub(crate) mod enrollments;
 pub(crate) mod events;
 pub(crate) mod expiry;
+pub(crate) mod export;
 pub(crate) mod incidents;
 pub(crate) mod items;
 pub(crate) mod managers;

@@ -74,8 +74,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::migrate`].
-    #[cfg(test)]
-    pub(crate) async fn migrate_to(&self, number: i64) -> Result<(), StoreError> {
+    pub(super) async fn migrate_to(&self, number: i64) -> Result<(), StoreError> {
         MIGRATIONS.run_to(number, &self.write).await.map_err(StoreError::Migrate)
     }
 

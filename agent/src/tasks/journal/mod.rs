@@ -176,9 +176,10 @@ impl Journal {
                 let location = journal.location(number, stretch.place, bytes);
                 journal.note(&record, location);
                 match record {
-                    Record::Accepted { .. } | Record::Started { .. } | Record::Ended { .. } => {
-                        tasks.push(record);
-                    }
+                    Record::Accepted { .. }
+                    | Record::Started { .. }
+                    | Record::Ended { .. }
+                    | Record::Outcome { .. } => tasks.push(record),
                     Record::Report { epoch, sequence, ends: Some(task), .. } => {
                         ends.insert((epoch, sequence), task);
                     }
@@ -230,7 +231,8 @@ impl Journal {
                 | Key::Stored
                 | Key::NoticesStored
                 | Key::Found(_)
-                | Key::Opened => {}
+                | Key::Opened
+                | Key::Outcome(_) => {}
             }
         }
         outbox.reports.sort_unstable();
@@ -436,7 +438,8 @@ impl Journal {
             | Record::Started { .. }
             | Record::Report { .. }
             | Record::Notice { .. }
-            | Record::Found(_) => {}
+            | Record::Found(_)
+            | Record::Outcome { .. } => {}
         }
         self.count(record.key(), location);
     }

@@ -68,6 +68,8 @@ pub(crate) enum Record {
     /// Numbers above these have been given out since the last session (none, if they are the highest there
     /// are): a manager that knows such a number has seen a later state of this journal.
     Opened { epoch: u32, reports: u64, notices: u64 },
+    /// The frame of the report that told a task's end: a manager that was set back to an earlier state asks again.
+    Outcome { task: TaskId, frame: Vec<u8> },
 }
 
 /// Something that this agent detected: the only things a cleanup may remove.
@@ -137,6 +139,7 @@ pub(crate) enum Key {
     NoticesStored,
     Found(Sha256),
     Opened,
+    Outcome(TaskId),
 }
 
 impl Record {
@@ -152,6 +155,7 @@ impl Record {
             Self::NoticesStored { .. } => Key::NoticesStored,
             Self::Found(found) => Key::Found(found.detection.key()),
             Self::Opened { .. } => Key::Opened,
+            Self::Outcome { task, .. } => Key::Outcome(*task),
         }
     }
 
@@ -164,7 +168,11 @@ impl Record {
             | Self::Notice { epoch, .. }
             | Self::NoticesStored { epoch, .. }
             | Self::Opened { epoch, .. } => Some(*epoch),
-            Self::Accepted { .. } | Self::Started { .. } | Self::Ended { .. } | Self::Found(_) => None,
+            Self::Accepted { .. }
+            | Self::Started { .. }
+            | Self::Ended { .. }
+            | Self::Found(_)
+            | Self::Outcome { .. } => None,
         }
     }
 
@@ -179,7 +187,8 @@ impl Record {
             | Self::Ended { .. }
             | Self::Report { .. }
             | Self::Notice { .. }
-            | Self::Found(_) => false,
+            | Self::Found(_)
+            | Self::Outcome { .. } => false,
         }
     }
 
