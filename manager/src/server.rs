@@ -21,6 +21,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     agents::{
+        bulk::Bulk,
         ca::Authority,
         enrollment::Guard,
         intake::Intake,
@@ -86,7 +87,10 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         fleet: authority.fleet,
         worker: WorkerProgram::this(),
     });
-    let port = Port { tls: agent_tls, authority, blobs, guard: Guard::default(), shared };
+    let bulk = Bulk::open(data, store.clone(), blobs, &config.limits)
+        .context("cannot open the folders of transfers")?;
+    loops.spawn(bulk.clone().sweep(ending.clone()));
+    let port = Port { tls: agent_tls, authority, bulk, guard: Guard::default(), shared };
     loops.spawn(listener::run(agents, port));
     loops.spawn(serve_admins(admins, admin_tls, router, ending.clone()));
     loops.spawn(dispatch::run(store.clone(), registry.clone(), nudge, ending.clone()));

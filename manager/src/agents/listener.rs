@@ -21,7 +21,7 @@ use super::{
     session::{self, Shared},
     tls::{AgentTls, Peer, peer},
 };
-use crate::{patterns::Blobs, store::enrollments::CertificateStatus};
+use crate::store::enrollments::CertificateStatus;
 
 /// Links that have not proven who they are. The oldest of them is at most [`HANDSHAKE`] old.
 const STRANGERS: usize = 4096;
@@ -35,7 +35,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 pub(crate) struct Port {
     pub(crate) tls: AgentTls,
     pub(crate) authority: Arc<Authority>,
-    pub(crate) blobs: Blobs,
+    pub(crate) bulk: bulk::Bulk,
     pub(crate) guard: Guard,
     pub(crate) shared: Shared,
 }
@@ -106,9 +106,9 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
         }
         Greeted::Bulk(link) => {
-            if judge(&link, port).await.is_some() {
+            if let Some(peer) = judge(&link, port).await {
                 drop(permit);
-                bulk::run(*link, port.blobs.clone()).await;
+                bulk::run(*link, peer, port.bulk.clone()).await;
             }
         }
         Greeted::Enroll(mut link) => {
