@@ -53,6 +53,8 @@ enum Bench {
     ///
     /// Simulated agents ask for it; the figure is the manager's CPU time.
     Push(bench::Push),
+    /// Send a large pattern to many agents at once, and a new version of it to one.
+    Bulk(bench::Bulk),
     /// Scan a folder with the agent and with other scanners, in turn.
     Scan(bench::Scan),
     /// Scan a folder twice with the agent, which remembers what is clean, and then with a new pattern.
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         Command::Demo { once } => demo::run(once),
         Command::Test { long } => return test::run(long),
         Command::Bench { what: Bench::Push(what) } => bench::push(what),
+        Command::Bench { what: Bench::Bulk(what) } => bench::bulk(&what),
         Command::Bench { what: Bench::Scan(what) } => bench::scan(&what),
         Command::Bench { what: Bench::Again(what) } => bench::again(&what),
         Command::Bench { what: Bench::Processes(what) } => bench::processes(&what),

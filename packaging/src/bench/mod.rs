@@ -4,6 +4,7 @@
 //! build they were measured with.
 
 mod again;
+mod bulk;
 mod measure;
 mod processes;
 mod push;
@@ -16,6 +17,7 @@ use anyhow::{Context as _, ensure};
 
 pub(crate) use self::{
     again::{Again, again},
+    bulk::{Bulk, bulk},
     processes::{Hold, Processes, hold, processes},
     push::{Push, push},
     scan::{Scan, scan},
