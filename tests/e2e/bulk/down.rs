@@ -16,7 +16,7 @@ use super::{enrolled, import, list, runtime};
 /// A folder with the one file that the lists name.
 fn dirty(lab: &Lab) -> PathBuf {
     let folder = lab.folder("dirty");
-    fs::write(folder.join("sample"), samples::eicar()).unwrap();
+    fs::write(folder.join("sample"), samples::eicar()).expect("the lab's folder is writable");
     folder
 }
 

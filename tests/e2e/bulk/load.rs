@@ -15,7 +15,7 @@ use super::{enrolled, import, list, runtime};
 
 /// A number of KiB in `/proc/PID/status`.
 fn status_kib(lab: &Lab, name: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", lab.manager().pid())).unwrap();
+    let status = fs::read_to_string(format!("/proc/{}/status", lab.manager().pid())).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     line.and_then(|value| value.trim().strip_suffix(" kB")?.trim().parse().ok()).expect("it is there")
 }
@@ -23,7 +23,7 @@ fn status_kib(lab: &Lab, name: &str) -> u64 {
 /// How often the manager has a pattern open.
 fn open(lab: &Lab, digest: Sha256) -> usize {
     let path: PathBuf = lab.manager_data().join("patterns").join(digest.to_string());
-    let links = fs::read_dir(format!("/proc/{}/fd", lab.manager().pid())).unwrap();
+    let links = fs::read_dir(format!("/proc/{}/fd", lab.manager().pid())).expect("it runs");
     links
         .filter(|link| link.as_ref().is_ok_and(|l| fs::read_link(l.path()).is_ok_and(|to| to == path)))
         .count()

@@ -34,13 +34,13 @@ fn import(lab: &Lab, text: &str) -> (Sha256, Vec<u8>) {
     lab.import("list.txt", text).expect(0);
     let new: Vec<Sha256> = blobs(lab).into_iter().filter(|digest| !before.contains(digest)).collect();
     assert_eq!(new.len(), 1, "one came in");
-    let bytes = fs::read(lab.manager_data().join("patterns").join(new[0].to_string())).unwrap();
+    let bytes = fs::read(lab.manager_data().join("patterns").join(new[0].to_string())).expect("it is there");
     (new[0], bytes)
 }
 
 fn blobs(lab: &Lab) -> Vec<Sha256> {
-    let entries = fs::read_dir(lab.manager_data().join("patterns")).unwrap();
-    entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok()).collect()
+    let entries = fs::read_dir(lab.manager_data().join("patterns")).expect("it is there");
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// So many enrolled agents that are no programs.
@@ -49,8 +49,10 @@ fn enrolled(lab: &Lab, runtime: &Runtime, count: u32) -> Vec<std::sync::Arc<rust
     runtime.block_on(async {
         let mut all = Vec::new();
         for number in 0..count {
-            let identity = bulk::enroll(lab.agent_port, &token, &format!("bulk-{number}")).await.unwrap();
-            all.push(bulk::config(&identity).unwrap());
+            let identity = bulk::enroll(lab.agent_port, &token, &format!("bulk-{number}"))
+                .await
+                .expect("a good token lets agents in");
+            all.push(bulk::config(&identity).expect("they belong together"));
         }
         all
     })

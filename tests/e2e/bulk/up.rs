@@ -26,13 +26,15 @@ fn json(answer: &Answer) -> Value {
 }
 
 async fn connect(lab: &Lab, config: &Arc<ClientConfig>) -> BulkLink {
-    BulkLink::connect(lab.agent_port, Arc::clone(config)).await.unwrap()
+    BulkLink::connect(lab.agent_port, Arc::clone(config)).await.expect("the port answers")
 }
 
 /// Begins one; its id.
 async fn begin(link: &mut BulkLink, bytes: &[u8]) -> String {
-    let begun =
-        link.ask("POST /v1/uploads", "", &announcement(bytes.len() as u64, Sha256::of(bytes))).await.unwrap();
+    let begun = link
+        .ask("POST /v1/uploads", "", &announcement(bytes.len() as u64, Sha256::of(bytes)))
+        .await
+        .expect("it answers");
     assert_eq!(begun.status, 201, "{begun:?}");
     json(&begun)["id"].as_str().expect("it has an id").to_owned()
 }
