@@ -3,13 +3,16 @@
 use std::{
     fs,
     path::PathBuf,
+    process::Command,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use rustls::ClientConfig;
 use tm_protocol::ids::Sha256;
-use tm_tests::{Lab, PATIENCE, bulk, bulk::BulkLink, sim_agent, sim_agent::SimAgent, wire::Persona};
+use tm_tests::{
+    Lab, PATIENCE, bulk, bulk::BulkLink, samples, sim_agent, sim_agent::SimAgent, wait_for, wire::Persona,
+};
 
 use super::{enrolled, import, list, runtime};
 
@@ -29,39 +32,96 @@ fn open(lab: &Lab, digest: Sha256) -> usize {
         .count()
 }
 
+/// Takes both places that an endpoint has, with transfers that nobody reads; they are free again when the links are
+/// dropped. The pattern has to be larger than what the sockets on the way hold.
+async fn take_both(lab: &Lab, config: &Arc<ClientConfig>, get: &str) -> Vec<BulkLink> {
+    let connect = || BulkLink::connect(lab.agent_port, Arc::clone(config));
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut link = connect().await.expect("the port answers");
+        link.send(format!("{get} HTTP/1.1\r\nHost: m\r\n\r\n").as_bytes()).await.expect("it listens");
+        held.push(link);
+    }
+    let mut third = connect().await.expect("the port answers");
+    let end = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < end, "a third transfer is never too much");
+        let answer = third.ask(get, "Range: bytes=0-0\r\n", &[]).await.expect("it answers");
+        if answer.status == 503 {
+            assert_eq!(answer.number("retry-after"), Some(5));
+            return held;
+        }
+    }
+}
+
 #[test]
 fn whoever_takes_too_much_at_once_is_told_to_come_again() {
     let (lab, runtime) = (Lab::start(), runtime());
-    // More than the sockets on the way hold, so that transfers that nobody reads do not end.
-    let (digest, _) = import(&lab, &list(0..620_000));
+    let (digest, bytes) = import(&lab, &list(0..620_000));
+    let other = enrolled(&lab, &runtime, 1).remove(0);
+    let agent = lab.agent();
+    let own = bulk::config(&agent.identity()).unwrap();
+    let get = format!("GET /v1/patterns/{digest}");
+    let dirty = lab.folder("dirty");
+    fs::write(dirty.join("sample"), samples::eicar()).unwrap();
+    let held = runtime.block_on(take_both(&lab, &own, &get));
+    let served = runtime.block_on(async {
+        let mut link = BulkLink::connect(lab.agent_port, other).await.unwrap();
+        link.ask(&get, "Range: bytes=0-0\r\n", &[]).await.unwrap().status
+    });
+    assert_eq!(served, 206, "others are served");
+    // The agent itself waits as it is told, and then goes on.
+    let scan = lab.scan_in_background(&agent, &dirty);
+    wait_for("the agent to be told", PATIENCE, || {
+        agent.process().log().contains("the transfer waits").then_some(())
+    });
+    drop(held);
+    scan.join().unwrap().expect(10);
+    let kept = agent.data.join("patterns").join(digest.to_string());
+    assert!(fs::read(kept).unwrap() == bytes);
+}
+
+#[test]
+fn a_transfer_ends_when_its_certificate_is_revoked() {
+    let (lab, runtime) = (Lab::start(), runtime());
+    let (digest, bytes) = import(&lab, &list(0..620_000));
     let mut configs = enrolled(&lab, &runtime, 2);
     let (other, own) = (configs.remove(1), configs.remove(0));
-    let connect = |config: &Arc<ClientConfig>| BulkLink::connect(lab.agent_port, Arc::clone(config));
     let get = format!("GET /v1/patterns/{digest}");
+    let sql = |query: &str| {
+        let database = lab.manager_data().join("manager.db");
+        let ran = Command::new("sqlite3")
+            .args(["-cmd", ".timeout 10000"])
+            .arg(database)
+            .arg(query)
+            .output()
+            .unwrap();
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    };
     runtime.block_on(async {
-        let mut held = Vec::new();
-        for _ in 0..2 {
-            let mut link = connect(&own).await.unwrap();
-            link.send(format!("{get} HTTP/1.1\r\nHost: m\r\n\r\n").as_bytes()).await.unwrap();
-            held.push(link);
+        let connect = |config: &Arc<ClientConfig>| BulkLink::connect(lab.agent_port, Arc::clone(config));
+        let mut link = connect(&own).await.unwrap();
+        let mut idle = connect(&own).await.unwrap();
+        assert_eq!(idle.ask(&get, "Range: bytes=0-0\r\n", &[]).await.unwrap().status, 206, "the control");
+        while open(&lab, digest) > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let mut third = connect(&own).await.unwrap();
+        link.send(format!("{get} HTTP/1.1\r\nHost: m\r\n\r\n").as_bytes()).await.unwrap();
+        while open(&lab, digest) == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        sql("UPDATE certificate SET revoked_ms = 1 WHERE endpoint_id IN (SELECT id FROM endpoint WHERE host = 'bulk-0')");
+        assert_eq!(idle.ask(&get, "Range: bytes=0-0\r\n", &[]).await.map_or(403, |a| a.status), 403);
+        // It takes what still comes once the manager has let go: less than the whole.
         let end = Instant::now() + PATIENCE;
-        let busy = loop {
-            assert!(Instant::now() < end, "a third transfer is never too much");
-            let answer = third.ask(&get, "Range: bytes=0-0\r\n", &[]).await.unwrap();
-            if answer.status == 503 {
-                break answer;
-            }
-        };
-        assert_eq!(busy.number("retry-after"), Some(5));
-        let mut link = connect(&other).await.unwrap();
-        let answer = link.ask(&get, "Range: bytes=0-0\r\n", &[]).await.unwrap();
-        assert_eq!(answer.status, 206, "others are served");
-        drop(held);
-        while third.ask(&get, "Range: bytes=0-0\r\n", &[]).await.unwrap().status == 503 {
-            assert!(Instant::now() < end, "their places are never given back");
+        while open(&lab, digest) > 0 {
+            assert!(Instant::now() < end, "the transfer does not end");
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        let answer = link.answer(true, false).await;
+        assert!(answer.is_err() && link.received < bytes.len() as u64, "{} bytes came", link.received);
+        let mut link = connect(&other).await.unwrap();
+        assert_eq!(link.count(&get, "").await.unwrap().status, 200, "another is served");
     });
 }
 

@@ -213,6 +213,7 @@ pub(super) async fn download(
                 if waited > MOST_WAITED {
                     return Err("the manager is busy".to_owned());
                 }
+                tracing::info!(seconds, sha256 = %digest, "The manager serves others first; the transfer waits.");
                 // All who were sent away do not come back at once.
                 let jitter = rand::rng().random_range(0..=2000 * seconds);
                 sleep(Duration::from_millis(1000 * seconds + jitter)).await;

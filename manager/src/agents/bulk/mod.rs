@@ -11,7 +11,8 @@
 //!
 //! **Invariant:** a link costs a bounded amount of memory, whatever is transferred: bytes are read while they are
 //! sent, from one open file for all, and what is read once stands in the kernel's cache for the others.
-//! **Invariant:** a certificate is looked at before every request, so that a revoked one begins no transfer.
+//! **Invariant:** a certificate is looked at before every request and while bytes move, so that a revoked one begins no
+//! transfer, and goes on with none for longer than some seconds.
 
 mod deltas;
 mod files;
@@ -67,9 +68,10 @@ use crate::{
 const HEADER: Duration = Duration::from_secs(10);
 /// How long a whole link may; what is not done by then goes on over another.
 const LINK: Duration = Duration::from_secs(600);
-/// How often is looked whether a request goes on, and how many looks in vain end its link.
-const LOOK: Duration = Duration::from_secs(10);
-const LOOKS: u32 = 3;
+/// How often is looked whether a request goes on and its certificate still holds, and how many looks in vain end its
+/// link.
+const LOOK: Duration = Duration::from_secs(2);
+const LOOKS: u32 = 15;
 /// How often is looked for uploads that are too old.
 const SWEEP: Duration = Duration::from_secs(600);
 /// What is kept of a link's bytes before they are taken up, at most.
@@ -136,9 +138,10 @@ impl Moved {
 /// Serves one link of `peer`.
 pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(link: L, peer: Peer, bulk: Bulk) {
     let (peer, moved) = (Arc::new(peer), Arc::new(Moved::default()));
-    let shared = Arc::clone(&moved);
+    let inner = Arc::clone(&bulk.0);
+    let (shared, asker) = (Arc::clone(&moved), Arc::clone(&peer));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (bulk, peer, moved) = (bulk.clone(), Arc::clone(&peer), Arc::clone(&shared));
+        let (bulk, peer, moved) = (bulk.clone(), Arc::clone(&asker), Arc::clone(&shared));
         async move { Ok::<_, Infallible>(bulk.0.answer(request, &peer, moved).await) }
     });
     let served = http1::Builder::new()
@@ -160,7 +163,7 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(link
                 let is_idle = moved.open.load(Ordering::Relaxed) == 0;
                 in_vain = if is_idle || bytes != seen { 0 } else { in_vain + 1 };
                 seen = bytes;
-                if in_vain > LOOKS {
+                if in_vain > LOOKS || !is_idle && inner.certified(&peer).await == Certified::No {
                     return;
                 }
             }
@@ -168,20 +171,23 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(link
     }
 }
 
+/// What is known of a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Certified {
+    Yes,
+    No,
+    /// The store does not say; nothing is begun.
+    Unknown,
+}
+
 type Answer = Response<UnsyncBoxBody<Bytes, io::Error>>;
 
 impl Inner {
     async fn answer(self: &Arc<Self>, request: Request<Incoming>, peer: &Peer, moved: Arc<Moved>) -> Answer {
-        match self.store.certificate_status(peer.endpoint, &peer.serial).await {
-            Ok(CertificateStatus::Enrolled) => {}
-            Ok(status) => {
-                tracing::warn!(endpoint = %peer.endpoint, ?status, "A certificate is refused.");
-                return status_only(StatusCode::FORBIDDEN);
-            }
-            Err(error) => {
-                tracing::error!(%error, "Cannot look a certificate up.");
-                return busy();
-            }
+        match self.certified(peer).await {
+            Certified::Yes => {}
+            Certified::No => return status_only(StatusCode::FORBIDDEN),
+            Certified::Unknown => return busy(),
         }
         let path = request.uri().path().to_owned();
         let mut parts = path.strip_prefix("/v1/").unwrap_or_default().split('/');
@@ -211,6 +217,21 @@ impl Inner {
                 intake::answer(self, request, id, peer.endpoint, &moved).await
             }
             _ => status_only(StatusCode::NOT_FOUND),
+        }
+    }
+
+    /// Whether the certificate that a link came in with still holds.
+    async fn certified(&self, peer: &Peer) -> Certified {
+        match self.store.certificate_status(peer.endpoint, &peer.serial).await {
+            Ok(CertificateStatus::Enrolled) => Certified::Yes,
+            Ok(status) => {
+                tracing::warn!(endpoint = %peer.endpoint, ?status, "A certificate is refused.");
+                Certified::No
+            }
+            Err(error) => {
+                tracing::error!(%error, "Cannot look a certificate up.");
+                Certified::Unknown
+            }
         }
     }
 
