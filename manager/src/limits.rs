@@ -29,6 +29,8 @@ pub(crate) struct Limits {
     pub(crate) daily_rows: Rate,
     /// Detections stored of one task.
     pub(crate) detections_per_task: u64,
+    /// Bytes of patterns and files, of all agents together.
+    pub(crate) bulk: Rate,
 }
 
 /// The table as it is written; what is left out has its default.
@@ -43,6 +45,7 @@ pub(crate) struct RawLimits {
     rows_burst: u64,
     rows_per_day: u64,
     detections_per_task: u64,
+    bulk_bytes_per_second: String,
 }
 
 impl Default for RawLimits {
@@ -56,6 +59,7 @@ impl Default for RawLimits {
             rows_burst: 10_000,
             rows_per_day: 2_000_000,
             detections_per_task: 1_000_000,
+            bulk_bytes_per_second: "128MiB".to_owned(),
         }
     }
 }
@@ -74,6 +78,7 @@ impl TryFrom<RawLimits> for Limits {
                 }
             })
         };
+        let bulk = real(bytes("bulk_bytes_per_second", &raw.bulk_bytes_per_second)?);
         let daily = within("rows_per_day", raw.rows_per_day, 100_000, "a number from 100000 on")?;
         Ok(Self {
             messages: Rate {
@@ -91,6 +96,7 @@ impl TryFrom<RawLimits> for Limits {
             },
             daily_rows: Rate { per_second: daily / 86_400.0, burst: daily },
             detections_per_task: raw.detections_per_task.max(1),
+            bulk: Rate { per_second: bulk, burst: bulk / 20.0 },
         })
     }
 }
@@ -131,7 +137,7 @@ impl Limits {
         format!(
             "One agent may hand in {} messages, {} KiB and {} rows a second ({} messages, {} KiB and {} rows at \
              once after a quiet time), and {} rows a day; above that it is read more slowly. Of one task, {} \
-             detections are stored.",
+             detections are stored. Patterns and files travel at {} KiB a second, of all agents together.",
             self.messages.per_second,
             self.bytes.per_second / 1024.0,
             self.rows.per_second,
@@ -140,6 +146,7 @@ impl Limits {
             self.rows.burst,
             self.daily_rows.burst,
             self.detections_per_task,
+            self.bulk.per_second / 1024.0,
         )
     }
 }
@@ -157,6 +164,8 @@ pub(crate) const TEMPLATE: &str = "\
 # rows_burst = 10000
 # rows_per_day = 2000000
 # detections_per_task = 1000000
+# How fast patterns and files travel, of all agents together; tasks and heartbeats are not held up by them.
+# bulk_bytes_per_second = \"128MiB\"
 ";
 
 #[cfg(test)]
@@ -174,7 +183,7 @@ pub(crate) mod tests {
             .lines()
             .filter_map(|line| line.strip_prefix("# ").filter(|l| l.contains(" = ")))
             .fold(String::new(), |text, line| text + line + "\n");
-        assert_eq!(text.lines().count(), 8, "every key: {text}");
+        assert_eq!(text.lines().count(), 9, "every key: {text}");
         let said: Limits = toml::from_str::<RawLimits>(&text).unwrap().try_into().unwrap();
         assert_eq!(said, defaults());
         assert!(

@@ -23,6 +23,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     agents::{
         authorities::{self, Authorities, Live},
+        bulk::Bulk,
         doors::Doors,
         enrollment::Guard,
         expiry,
@@ -111,7 +112,10 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         worker: WorkerProgram::this(),
     });
     let ports = Arc::new(tls::Ports::new(agent_tls));
-    let port = Port { tls: Arc::clone(&ports), blobs, guard: Guard::default(), shared };
+    let bulk = Bulk::open(data, store.clone(), blobs, &config.limits)
+        .context("cannot open the folders of transfers")?;
+    loops.spawn(bulk.clone().sweep(ending.clone()));
+    let port = Port { tls: Arc::clone(&ports), bulk, guard: Guard::default(), shared };
     loops.spawn(listener::run(agents, port));
     loops.spawn(serve_admins(admins, admin_tls, router, ending.clone()));
     let told = registry.clone();

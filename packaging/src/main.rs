@@ -64,6 +64,8 @@ enum Bench {
     Idle(bench::Link),
     /// All four on one fleet.
     Link(bench::Link),
+    /// Send a large pattern to many agents at once, and a new version of it to one.
+    Bulk(bench::Bulk),
     /// Scan a folder with the agent and with other scanners, in turn.
     Scan(bench::Scan),
     /// Scan a folder twice with the agent, which remembers what is clean, and then with a new pattern.
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
         Command::Bench { what: Bench::Storm(how) } => bench::link(bench::What::STORM, &how),
         Command::Bench { what: Bench::Idle(how) } => bench::link(bench::What::IDLE, &how),
         Command::Bench { what: Bench::Link(how) } => bench::link(bench::What::ALL, &how),
+        Command::Bench { what: Bench::Bulk(what) } => bench::bulk(&what),
         Command::Bench { what: Bench::Scan(what) } => bench::scan(&what),
         Command::Bench { what: Bench::Again(what) } => bench::again(&what),
         Command::Bench { what: Bench::Processes(what) } => bench::processes(&what),

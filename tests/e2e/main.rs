@@ -4,6 +4,7 @@
 
 mod archives;
 mod backup;
+mod bulk;
 mod certificates;
 mod churn;
 mod cleanup;

@@ -73,6 +73,17 @@ struct Shared {
     accepted: AtomicU64,
     open: AtomicU64,
     cut: AtomicU64,
+    up: AtomicU64,
+    down: AtomicU64,
+}
+
+impl Shared {
+    fn moved(&self, way: Way) -> &AtomicU64 {
+        match way {
+            Way::Up => &self.up,
+            Way::Down => &self.down,
+        }
+    }
 }
 
 /// The proxy, running.
@@ -100,6 +111,8 @@ impl FaultProxy {
             accepted: AtomicU64::new(0),
             open: AtomicU64::new(0),
             cut: AtomicU64::new(0),
+            up: AtomicU64::new(0),
+            down: AtomicU64::new(0),
         });
         let ending = CancellationToken::new();
         let runtime =
@@ -163,6 +176,11 @@ impl FaultProxy {
         self.shared.open.load(Ordering::SeqCst)
     }
 
+    /// Bytes forwarded that way, of all links.
+    pub fn moved(&self, way: Way) -> u64 {
+        self.shared.moved(way).load(Ordering::SeqCst)
+    }
+
     /// Links that were cut.
     pub fn cuts(&self) -> u64 {
         self.shared.cut.load(Ordering::SeqCst)
@@ -223,8 +241,8 @@ async fn link(mut near: TcpStream, shared: &Shared) {
         let (far_read, far_write) = far.split();
         let both = async {
             tokio::join!(
-                pump(near_read, far_write, Way::Up, shared.rules.subscribe(), &knife),
-                pump(far_read, near_write, Way::Down, shared.rules.subscribe(), &knife),
+                pump(near_read, far_write, Way::Up, shared, &knife),
+                pump(far_read, near_write, Way::Down, shared, &knife),
             );
         };
         tokio::select! {
@@ -246,9 +264,10 @@ async fn pump(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     way: Way,
-    mut rules: watch::Receiver<Rules>,
+    shared: &Shared,
     knife: &CancellationToken,
 ) {
+    let mut rules = shared.rules.subscribe();
     let mut chunk = vec![0; CHUNK];
     let mut moved = 0_u64;
     loop {
@@ -279,6 +298,7 @@ async fn pump(
             return;
         }
         moved += n as u64;
+        shared.moved(way).fetch_add(n as u64, Ordering::SeqCst);
     }
 }
 

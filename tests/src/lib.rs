@@ -6,6 +6,7 @@
 //! **Invariant:** only processes started here are ended here, each through its own handle, and folders are
 //! removed with the value that owns them.
 
+pub mod bulk;
 pub mod fault_proxy;
 pub mod fleet;
 pub mod fuse;

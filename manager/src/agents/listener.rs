@@ -21,7 +21,7 @@ use super::{
     session::{self, Shared},
     tls::{Peer, Ports, peer},
 };
-use crate::{patterns::Blobs, store::enrollments::CertificateStatus};
+use crate::store::enrollments::CertificateStatus;
 
 /// Links that have not proven who they are. The oldest of them is at most [`HANDSHAKE`] old.
 const STRANGERS: usize = 4096;
@@ -34,7 +34,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(crate) struct Port {
     pub(crate) tls: Arc<Ports>,
-    pub(crate) blobs: Blobs,
+    pub(crate) bulk: bulk::Bulk,
     pub(crate) guard: Guard,
     pub(crate) shared: Shared,
 }
@@ -119,9 +119,9 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
         }
         Greeted::Bulk(link) => {
-            if let Judged::Good(_) = judge(&link, port).await {
+            if let Judged::Good(peer) = judge(&link, port).await {
                 drop(permit);
-                bulk::run(*link, port.blobs.clone()).await;
+                bulk::run(*link, peer, port.bulk.clone()).await;
             }
         }
         Greeted::Enroll(mut link) => {

@@ -4,6 +4,7 @@
 //! build they were measured with.
 
 mod again;
+mod bulk;
 mod link;
 mod measure;
 mod processes;
@@ -16,6 +17,7 @@ use anyhow::{Context as _, ensure};
 
 pub(crate) use self::{
     again::{Again, again},
+    bulk::{Bulk, bulk},
     link::{Link, What, link},
     processes::{Hold, Processes, hold, processes},
     scan::{Scan, scan},

@@ -8,6 +8,7 @@
 //! worker, never in the process that holds them; of a compiled list header and digest are right, and the rest is
 //! read where nothing in it can do harm.
 
+pub mod delta;
 pub mod digests;
 mod kind;
 pub mod trust;

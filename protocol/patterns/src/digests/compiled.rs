@@ -125,6 +125,13 @@ impl<B: AsRef<[u8]>> Compiled<B> {
         if in_order { Ok(()) } else { Err("sizes are not in order") }
     }
 
+    /// Digest, size (all ones for any) and name (empty for none) of an entry, counted from 0 in the table's order.
+    pub(super) fn row(&self, algorithm: Algorithm, index: usize) -> Option<(&[u8], u64, &str)> {
+        let table = self.table(algorithm);
+        let digest = self.digest(table, algorithm, index)?;
+        Some((digest, self.size(table, index)?, self.name_of(table, index).unwrap_or_default()))
+    }
+
     fn table(&self, algorithm: Algorithm) -> &Table {
         let [md5, sha1, sha256] = &self.layout.tables;
         match algorithm {

@@ -7,6 +7,7 @@
 //! whatever the bytes are.
 
 mod compiled;
+mod entries;
 mod filter;
 mod image;
 mod layout;
@@ -16,12 +17,15 @@ mod write;
 
 use std::fmt;
 
-pub(crate) use self::parse::is_entry;
 pub use self::{
     compiled::{Compiled, Hit},
     image::{Image, ImageError},
     layout::{InvalidCompiled, MAGIC, MAX_COMPILED, is_compiled},
     list::{InvalidList, List, MAX_ENTRIES, MAX_JUNK, MAX_LIST, Summary},
+};
+pub(crate) use self::{
+    entries::{fold, unfold},
+    parse::is_entry,
 };
 
 /// How digests of a list are computed.
