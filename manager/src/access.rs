@@ -25,6 +25,7 @@ pub(crate) enum Permission {
     ReadVaults,
     ReadPatterns,
     ImportPatterns,
+    ChangeTrust,
     ReadTokens,
     ChangeTokens,
     ReadAccounts,
@@ -57,7 +58,10 @@ pub(crate) const fn allows(role: Role, permission: Permission) -> bool {
             Role::Administrator | Role::Operator => true,
             Role::Viewer => false,
         },
-        Permission::ChangeTokens | Permission::ReadAccounts | Permission::ChangeAccounts => match role {
+        Permission::ChangeTrust
+        | Permission::ChangeTokens
+        | Permission::ReadAccounts
+        | Permission::ChangeAccounts => match role {
             Role::Administrator => true,
             Role::Operator | Role::Viewer => false,
         },
@@ -101,6 +105,7 @@ mod tests {
             (Permission::ReadVaults, [true, true, true]),
             (Permission::ReadPatterns, [true, true, true]),
             (Permission::ImportPatterns, [true, true, false]),
+            (Permission::ChangeTrust, [true, false, false]),
             (Permission::ReadTokens, [true, true, false]),
             (Permission::ChangeTokens, [true, false, false]),
             (Permission::ReadAccounts, [true, false, false]),

@@ -160,6 +160,7 @@ fn init(
         out,
         "A new manager is in {shown}.\n\nStart it:           tm-manager serve --data {shown}\n\
          Then, to talk to it: export TMCTL_PROFILE={shown}/admin.toml\n                     \
+         tmctl pattern trust init      (on a desk: it makes the keys that sign patterns)\n                     \
          tmctl token create --uses 10"
     );
     Ok(())

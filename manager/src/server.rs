@@ -34,7 +34,10 @@ use crate::{
     config::Config,
     dispatch,
     http::{self, AppState},
-    patterns::Blobs,
+    patterns::{
+        Blobs,
+        trust::{self, OnlineKeys},
+    },
     store::Store,
 };
 
@@ -53,6 +56,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let url = config.database.clone().unwrap_or_else(|| cli::default_database(data));
     let store = Store::open(&url).await?;
     let blobs = Blobs::open(data.join("patterns")).context("cannot open the patterns' folder")?;
+    let trust = Arc::new(OnlineKeys::open(&data.join("trust"))?);
     store.forget_sessions(authority.manager).await?;
     let (agent_tls, admin_tls) = tls::configure(&authority, &config.hosts()).context("cannot set up TLS")?;
     let agents = TcpListener::bind(config.agent_listen)
@@ -84,11 +88,13 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         ca_sha256: authority.digest(),
         manager: authority.manager,
         fleet: authority.fleet,
+        trust: Arc::clone(&trust),
         worker: WorkerProgram::this(),
     });
     let port = Port { tls: agent_tls, authority, blobs, guard: Guard::default(), shared };
     loops.spawn(listener::run(agents, port));
     loops.spawn(serve_admins(admins, admin_tls, router, ending.clone()));
+    loops.spawn(trust::keep_fresh(store.clone(), trust, ending.clone()));
     loops.spawn(dispatch::run(store.clone(), registry.clone(), nudge, ending.clone()));
     loops.spawn(dispatch::sweep(store.clone(), registry.clone(), ending.clone()));
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -15,7 +15,7 @@ use std::{
 
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustls::ClientConfig;
-use tm_patterns::{MAX_STORED, Pattern, ReadError};
+use tm_patterns::{InvalidPattern, MAX_STORED, Pattern, ReadError};
 use tm_protocol::{address::Address, ids::Sha256, report::Failure, task::PatternRef};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -54,7 +54,8 @@ pub(crate) async fn pattern(
     let length = usize::try_from(wanted.size).ok().filter(|size| *size <= MAX_STORED);
     let length = length.ok_or_else(|| failed(format!("{} bytes are too many", wanted.size)))?;
     let address = address.ok_or_else(|| failed("no manager's address is known".to_owned()))?;
-    let bytes = match timeout(TRANSFER, get(address, config, wanted, length)).await {
+    let path = format!("/v1/patterns/{}", wanted.sha256);
+    let bytes = match timeout(TRANSFER, get(address, config, &path, |announced| announced == length)).await {
         Ok(Ok(bytes)) => bytes,
         Ok(Err(why)) => return Err(failed(why)),
         Err(_) => return Err(failed(format!("not complete after {} s", TRANSFER.as_secs()))),
@@ -70,6 +71,13 @@ pub(crate) async fn pattern(
     });
     match checked.await {
         Some(Ok(pattern)) => Ok(pattern),
+        Some(Err(ReadError::Invalid(error @ InvalidPattern::Digest { .. }))) => {
+            let message = format!(
+                "the manager's bytes of pattern `{}` are not those that were signed: {error}",
+                wanted.name
+            );
+            Err(Failure::new("pattern-altered", message))
+        }
         Some(Err(error)) => Err(failed(error.to_string())),
         None => Err(failed("it could not be checked".to_owned())),
     }
@@ -153,7 +161,7 @@ fn keep(paths: &Paths, pattern: &Pattern, most: u64) -> io::Result<()> {
 }
 
 /// Runs what blocks away from the threads that keep the link; `None` if it panics.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+pub(super) async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
 }
 
@@ -161,18 +169,16 @@ fn wide(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
 
-async fn get(
+/// What a manager has at `path`, if its announced length is a good one.
+pub(super) async fn get(
     address: &Address,
     config: &Arc<ClientConfig>,
-    wanted: &PatternRef,
-    length: usize,
+    path: &str,
+    is_good: impl Fn(usize) -> bool,
 ) -> Result<Vec<u8>, String> {
     let link = connection::dial(address, config).await.map_err(|e| connection::chain(&e))?;
     let mut link = BufReader::new(link);
-    let request = format!(
-        "GET /v1/patterns/{} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n",
-        wanted.sha256
-    );
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     link.write_all(request.as_bytes()).await.map_err(|e| e.to_string())?;
     link.flush().await.map_err(|e| e.to_string())?;
     let status = line(&mut link).await?;
@@ -183,9 +189,9 @@ async fn get(
     for _ in 0..MAX_LINES {
         let header = line(&mut link).await?;
         if header.is_empty() {
-            if announced != Some(length) {
+            let Some(length) = announced.filter(|length| is_good(*length)) else {
                 return Err("its length is not the one that was ordered".to_owned());
-            }
+            };
             let mut bytes = vec![0; length];
             link.read_exact(&mut bytes).await.map_err(|e| e.to_string())?;
             return Ok(bytes);

@@ -1,10 +1,10 @@
-//! Bulk transfers over `http/1.1`: for now, a pattern by its digest. Many agents may ask for a large one at once, so
-//! it is read while it is sent and never held whole.
+//! Bulk transfers over `http/1.1`: a pattern by its digest, and the signed metadata that say which are the fleet's.
+//! Many agents may ask for a large pattern at once, so it is read while it is sent and never held whole.
 
 use std::{convert::Infallible, io, time::Duration};
 
 use futures_util::TryStreamExt as _;
-use http_body_util::{BodyExt, Empty, StreamBody, combinators::BoxBody};
+use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::BoxBody};
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Frame},
@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_util::io::ReaderStream;
 
-use crate::patterns::Blobs;
+use crate::{patterns::Blobs, store::Store};
 
 /// How long a request's header may take, and a whole link.
 const HEADER: Duration = Duration::from_secs(10);
@@ -29,10 +29,14 @@ const LINK: Duration = Duration::from_secs(600);
 const PIECE: usize = 128 << 10;
 
 /// Serves one link.
-pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(link: L, blobs: Blobs) {
+pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    link: L,
+    blobs: Blobs,
+    store: Store,
+) {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-        let blobs = blobs.clone();
-        async move { Ok::<_, Infallible>(answer(&request, &blobs).await) }
+        let (blobs, store) = (blobs.clone(), store.clone());
+        async move { Ok::<_, Infallible>(answer(&request, &blobs, &store).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -45,7 +49,10 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(link
 
 type Answer = Response<BoxBody<Bytes, io::Error>>;
 
-async fn answer(request: &Request<hyper::body::Incoming>, blobs: &Blobs) -> Answer {
+async fn answer(request: &Request<hyper::body::Incoming>, blobs: &Blobs, store: &Store) -> Answer {
+    if (request.method(), request.uri().path()) == (&Method::GET, "/v1/trust") {
+        return trust(store).await;
+    }
     let wanted = request.uri().path().strip_prefix("/v1/patterns/").and_then(|d| d.parse::<Sha256>().ok());
     let (Some(wanted), &Method::GET) = (wanted, request.method()) else {
         return status(StatusCode::NOT_FOUND);
@@ -56,6 +63,20 @@ async fn answer(request: &Request<hyper::body::Incoming>, blobs: &Blobs) -> Answ
         Err(error) => {
             tracing::error!(%error, pattern = %wanted, "Cannot read a pattern.");
             status(StatusCode::INTERNAL_SERVER_ERROR)
+        }
+    }
+}
+
+/// The signed metadata in force, as they are stored.
+async fn trust(store: &Store) -> Answer {
+    match store.trust().await {
+        Ok(Some(row)) => {
+            Response::new(BodyExt::boxed(Full::from(row.bundle).map_err(|never| match never {})))
+        }
+        Ok(None) => status(StatusCode::NOT_FOUND),
+        Err(error) => {
+            tracing::error!(%error, "Cannot read the signed metadata.");
+            status(StatusCode::SERVICE_UNAVAILABLE)
         }
     }
 }

@@ -108,7 +108,7 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
         Greeted::Bulk(link) => {
             if judge(&link, port).await.is_some() {
                 drop(permit);
-                bulk::run(*link, port.blobs.clone()).await;
+                bulk::run(*link, port.blobs.clone(), port.shared.store.clone()).await;
             }
         }
         Greeted::Enroll(mut link) => {

@@ -41,8 +41,13 @@ pub(crate) async fn create(
     }
     let secret: [u8; 32] = rand::random();
     let digest = Sha256::of(&secret);
-    let token =
-        EnrollmentToken { addresses: state.addresses.clone(), ca: state.ca_sha256, secret: secret.into() };
+    let token = EnrollmentToken {
+        addresses: state.addresses.clone(),
+        ca: state.ca_sha256,
+        secret: secret.into(),
+        // The desk that asked adds it: agents must not learn from a manager whose patterns to trust.
+        root: None,
+    };
     let created_ms = now_ms();
     let row = TokenRow {
         id: TokenId::new(Uuid::now_v7()),
