@@ -12,7 +12,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum, error::Erro
 use tm_protocol::{text::escape_for_display, token::EnrollmentToken};
 
 use crate::{
-    connection::fetch,
+    connection::{fetch, trust},
     daemon::{self, Status},
     doctor, enroll, local,
     paths::Paths,
@@ -217,7 +217,10 @@ fn serve_user(data: PathBuf) -> anyhow::Result<()> {
     log()?;
     let paths = Paths::new(data);
     local::serve(|| {
-        let (patterns, left_out) = fetch::all_kept(&paths, local::MOST_PATTERN_BYTES);
+        let (mut patterns, left_out) = fetch::all_kept(&paths, local::MOST_PATTERN_BYTES);
+        // What was fetched once and is no longer listed is withdrawn.
+        let listed = trust::in_force(&paths);
+        patterns.retain(|pattern| listed.as_ref().is_some_and(|set| set.lists(pattern.sha256())));
         local::Held { patterns, left_out }
     });
     Ok(())

@@ -565,6 +565,7 @@ impl Agent {
         let manager = self.status.manager.as_deref().and_then(|m| m.parse().ok());
         let context = Context {
             paths: self.paths.clone(),
+            endpoint: self.enrolled.endpoint,
             manager: manager.or_else(|| self.enrolled.addresses.first().cloned()),
             bulk: Arc::clone(&self.links.bulk),
             tell: self.tell.clone(),

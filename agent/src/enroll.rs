@@ -204,6 +204,9 @@ pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<End
     }
     let addresses = if addresses.is_empty() { token.addresses.clone() } else { addresses };
     let managers = Managers { fleet: identity.fleet, endpoint, addresses };
+    // Before the identity: an endpoint that is enrolled knows whose patterns it may use.
+    connection::trust::anchor(paths, token.root)
+        .map_err(|source| EnrollError::Keep { path: paths.trust().display().to_string(), source })?;
     keep(paths, &managers, &certificate, &ca, &key.serialize_der())
         .map_err(|source| EnrollError::Keep { path: paths.identity().display().to_string(), source })?;
     Ok(endpoint)

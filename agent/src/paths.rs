@@ -65,6 +65,12 @@ impl Paths {
         self.root.join("patterns")
     }
 
+    /// Whose patterns are used: `anchor` (the root's digest in hex, from the enrollment token) and `set.json`
+    /// (the signed metadata in force).
+    pub(crate) fn trust(&self) -> PathBuf {
+        self.root.join("trust")
+    }
+
     /// Which files are known clean.
     pub(crate) fn seen(&self) -> PathBuf {
         self.root.join("seen")

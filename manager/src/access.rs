@@ -29,6 +29,7 @@ pub(crate) enum Permission {
     ReadVaults,
     ReadPatterns,
     ImportPatterns,
+    ChangeTrust,
     ReadTokens,
     ChangeTokens,
     ReadAccounts,
@@ -63,6 +64,7 @@ pub(crate) const fn allows(role: Role, permission: Permission) -> bool {
             Role::Viewer => false,
         },
         Permission::ForgetEndpoints
+        | Permission::ChangeTrust
         | Permission::ChangeTokens
         | Permission::ReadAccounts
         | Permission::ChangeAccounts => match role {
@@ -111,6 +113,7 @@ mod tests {
             (Permission::ReadVaults, [true, true, true]),
             (Permission::ReadPatterns, [true, true, true]),
             (Permission::ImportPatterns, [true, true, false]),
+            (Permission::ChangeTrust, [true, false, false]),
             (Permission::ReadTokens, [true, true, false]),
             (Permission::ChangeTokens, [true, false, false]),
             (Permission::ReadAccounts, [true, false, false]),

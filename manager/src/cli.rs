@@ -207,6 +207,7 @@ fn init(mut new: New, join: Option<&Path>) -> anyhow::Result<()> {
     let next = match join {
         None => format!(
             "Then, to talk to it: export TMCTL_PROFILE={shown}/admin.toml\n                     \
+             tmctl pattern trust init      (on a desk: it makes the keys that sign patterns)\n                     \
              tmctl token create --uses 10"
         ),
         Some(_) => format!(

@@ -39,7 +39,10 @@ use crate::{
     config::Config,
     dispatch,
     http::{self, AppState},
-    patterns::Blobs,
+    patterns::{
+        Blobs,
+        trust::{self, OnlineKeys},
+    },
     store::{Store, schema::Version},
 };
 
@@ -62,6 +65,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let store = Store::connect(&url).await?;
     bring_up(&store, manager).await?;
     let blobs = Blobs::open(config.patterns(data), manager).context("cannot open the patterns' folder")?;
+    let trust = Arc::new(OnlineKeys::open(&data.join("trust"))?);
     anyhow::ensure!(
         store.claim_fleet(present.fleet()).await?,
         "the database belongs to another fleet than the authority in `{}`",
@@ -109,6 +113,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         ca_sha256,
         manager,
         fleet: present.fleet(),
+        trust: Arc::clone(&trust),
         worker: WorkerProgram::this(),
     });
     let ports = Arc::new(tls::Ports::new(agent_tls));
@@ -129,6 +134,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(peers.clone().beat(ending.clone()));
     loops.spawn(peers.clone().listen(Arc::clone(&nudge), ending.clone()));
     loops.spawn(peers.clone().pass_on(ordered, Arc::clone(&nudge), ending.clone()));
+    loops.spawn(trust::keep_fresh(store.clone(), trust, ending.clone()));
     loops.spawn(dispatch::run(store.clone(), registry.clone(), nudge, ending.clone()));
     loops.spawn(dispatch::sweep(store.clone(), registry.clone(), manager, ending.clone()));
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

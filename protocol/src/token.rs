@@ -28,6 +28,10 @@ pub struct EnrollmentToken {
     /// 32 random bytes. The manager stores only their digest.
     #[serde(rename = "s", with = "secret_text")]
     pub secret: Zeroizing<[u8; 32]>,
+    /// The SHA-256 of the fleet's root of trust for patterns. A desk adds it, never the manager, which could
+    /// otherwise choose it; an agent without one loads no pattern.
+    #[serde(rename = "r", default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<Sha256>,
 }
 
 /// Why a text is not an enrollment token.
@@ -113,7 +117,10 @@ mod tests {
             addresses: vec!["m.example:4433".parse().unwrap(), "[2001:db8::1]:4433".parse().unwrap()],
             ca: Sha256::of(b"ca"),
             secret: Zeroizing::new([7; 32]),
+            root: None,
         };
+        let anchored = EnrollmentToken { root: Some(Sha256::of(b"root")), ..token.clone() };
+        assert_eq!(anchored.to_string().parse::<EnrollmentToken>(), Ok(anchored));
         let text = token.to_string();
         assert_eq!(format!(" {text}\n").parse::<EnrollmentToken>().as_ref(), Ok(&token));
         assert_eq!(text[..text.len() - 1].parse::<EnrollmentToken>(), Err(InvalidToken::Damaged));

@@ -33,6 +33,7 @@ mod skeleton;
 mod standalone;
 mod tasks;
 mod tmctl;
+mod trust;
 mod vault;
 mod walk;
 

@@ -20,7 +20,7 @@ fn dirty(lab: &Lab) -> String {
 
 fn tmctl(lab: &Lab, args: &[&str]) -> Command {
     let mut command = Command::new(bin("tmctl"));
-    command.arg("--profile").arg(lab.profile()).args(args);
+    command.arg("--profile").arg(lab.profile()).args(args).env("TMCTL_TRUST", lab.trust());
     command
 }
 

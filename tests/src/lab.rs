@@ -117,6 +117,7 @@ impl Lab {
 
     fn started(mut self) -> Self {
         self.serve();
+        self.tmctl(["pattern", "trust", "init"]).expect(0);
         self
     }
 
@@ -218,6 +219,11 @@ impl Lab {
         self.manager_data().join("admin.toml")
     }
 
+    /// The administrator's folder with the keys that sign patterns. It is not the manager's.
+    pub fn trust(&self) -> PathBuf {
+        self.folder.path().join("trust")
+    }
+
     /// A path in the lab's own folder, for samples.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
@@ -243,7 +249,7 @@ impl Lab {
     /// # Panics
     /// If it cannot be run.
     pub fn tmctl_as<S: AsRef<OsStr>>(&self, profile: &Path, args: impl IntoIterator<Item = S>) -> Output {
-        tmctl(profile, args)
+        tmctl(profile, &self.trust(), args)
     }
 
     /// Makes an account; its profile for [`Lab::tmctl_as`].
@@ -322,8 +328,16 @@ impl Lab {
     /// # Panics
     /// If it is not let in.
     pub fn agent(&self) -> Agent {
+        self.agent_with(&self.token(1))
+    }
+
+    /// The same with a token.
+    ///
+    /// # Panics
+    /// If it is not let in.
+    pub fn agent_with(&self, token: &str) -> Agent {
         let before = self.ids();
-        let (data, output) = self.enroll(&self.token(1));
+        let (data, output) = self.enroll(token);
         output.expect(0);
         let after = self.ids();
         let mut new: Vec<String> = after.difference(&before).cloned().collect();
@@ -375,13 +389,14 @@ impl Lab {
 
     /// The same with other arguments.
     pub fn scan_with(&self, agent: &Agent, path: &Path, more: &[&str]) -> Output {
-        tmctl(&self.profile(), scan_args(agent, path, more))
+        self.tmctl(scan_args(agent, path, more))
     }
 
     /// `tmctl scan start … --wait -o json` in a thread, for what happens meanwhile.
     pub fn scan_in_background(&self, agent: &Agent, path: &Path) -> std::thread::JoinHandle<Output> {
-        let (profile, args) = (self.profile(), scan_args(agent, path, &["-o", "json"]));
-        std::thread::spawn(move || tmctl(&profile, args))
+        let (profile, trust) = (self.profile(), self.trust());
+        let args = scan_args(agent, path, &["-o", "json"]);
+        std::thread::spawn(move || tmctl(&profile, &trust, args))
     }
 
     /// The newest task of an agent (`TaskView`).
@@ -428,11 +443,12 @@ fn scan_args(agent: &Agent, path: &Path, more: &[&str]) -> Vec<std::ffi::OsStrin
     args
 }
 
-fn tmctl<S: AsRef<OsStr>>(profile: &Path, args: impl IntoIterator<Item = S>) -> Output {
+fn tmctl<S: AsRef<OsStr>>(profile: &Path, trust: &Path, args: impl IntoIterator<Item = S>) -> Output {
     let output = Command::new(bin("tmctl"))
         .arg("--profile")
         .arg(profile)
         .args(args)
+        .env("TMCTL_TRUST", trust)
         // No colours, no width of somebody's terminal.
         .env("NO_COLOR", "1")
         .output()

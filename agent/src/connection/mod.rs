@@ -2,6 +2,7 @@
 
 pub(crate) mod backoff;
 pub(crate) mod fetch;
+pub(crate) mod trust;
 
 use std::{io, sync::Arc, time::Duration};
 

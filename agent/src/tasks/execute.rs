@@ -10,11 +10,12 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
+use jiff::Timestamp;
 use rustls::ClientConfig;
 use tm_patterns::Pattern;
 use tm_protocol::{
     address::Address,
-    ids::{Sha256, TaskId},
+    ids::{EndpointId, Sha256, TaskId},
     message::{Outcome, Progress},
     report::{Failure, ItemReport, VaultEntry},
     task::{PatternRef, RestoreSpec, ScanSpec},
@@ -30,7 +31,11 @@ use super::{
     sign::Signer,
     treat,
 };
-use crate::{connection::fetch, paths::Paths, scan, vault};
+use crate::{
+    connection::{fetch, trust},
+    paths::Paths,
+    scan, vault,
+};
 
 /// How soon a wait notices that it is called off.
 const NOTICE: Duration = Duration::from_millis(50);
@@ -76,6 +81,8 @@ pub(crate) enum Work {
 #[derive(Debug, Clone)]
 pub(crate) struct Context {
     pub(crate) paths: Paths,
+    /// Who this is: a pattern may be meant for others.
+    pub(crate) endpoint: EndpointId,
     /// The manager that patterns are fetched from.
     pub(crate) manager: Option<Address>,
     pub(crate) bulk: Arc<ClientConfig>,
@@ -182,7 +189,19 @@ async fn patterns(
     cancel: &AtomicBool,
 ) -> Result<Vec<Pattern>, Failure> {
     let mut patterns = Vec::new();
+    let now = Timestamp::try_from((context.clock)()).unwrap_or(Timestamp::MIN);
+    let judged = trust::current(&context.paths, context.manager.as_ref(), &context.bulk, now);
+    let judged = tokio::select! {
+        judged = judged => judged,
+        () = called_off(cancel) => return Err(Failure::new("cancelled", "the task was called off")),
+    };
+    for (code, message) in judged.remarks {
+        // It fails only when the agent is ending.
+        let _ = context.tell.send(Told::Notice { code, message, count: 0 }).await;
+    }
+    let set = judged.set?;
     for wanted in wanted {
+        trust::admit(&set, wanted, context.endpoint)?;
         let fetched = fetch::pattern(&context.paths, context.manager.as_ref(), &context.bulk, wanted);
         patterns.push(tokio::select! {
             fetched = fetched => fetched?,
@@ -227,6 +246,7 @@ pub(super) mod tests {
             .with_no_client_auth();
         Context {
             paths: Paths::new(folder.to_path_buf()),
+            endpoint: EndpointId::new(Uuid::from_u128(7)),
             manager: None,
             bulk: Arc::new(bulk),
             tell,

@@ -17,6 +17,7 @@ pub mod pattern;
 pub mod status;
 pub mod task;
 pub mod token;
+pub mod trust;
 
 use serde::{Deserialize, Serialize};
 

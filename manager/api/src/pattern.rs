@@ -21,6 +21,8 @@ pub struct PatternView {
     pub sha256: String,
     /// What people call it. The newest import under a name is the one that name means.
     pub name: String,
+    /// `published` if a role of the fleet lists it, so that agents load it; else `draft`.
+    pub state: String,
     /// What kind it is (`detection`).
     pub kind: String,
     /// Its length, in bytes.

@@ -16,6 +16,7 @@ use tm_protocol::{audit::BrokenChain, text::escape_for_display};
 
 use crate::{
     client::ClientError,
+    desk::DeskError,
     output::{Column, table},
     profile::ProfileError,
 };
@@ -92,6 +93,12 @@ pub(crate) enum Failure {
         /// What the manager said.
         source: ClientError,
     },
+    /// The trust folder, or what it is needed for.
+    #[error(transparent)]
+    Trust(#[from] DeskError),
+    /// The manager made a token that is none.
+    #[error("the manager made an enrollment token that this tmctl does not understand")]
+    StrangeToken,
     /// A local file.
     #[error("cannot {verb} `{}`", path.display())]
     File {
@@ -128,6 +135,7 @@ impl Failure {
         match self {
             Self::Usage(_) => Exit::Usage,
             Self::NothingToDo(_) => Exit::Refused,
+            Self::Trust(error) if error.is_refusal() => Exit::Refused,
             Self::Interrupted(_) => Exit::Interrupted,
             Self::Client(error) | Self::Import { source: error, .. } => match error {
                 ClientError::Refused(view) => exit_of(view.code),
@@ -140,6 +148,8 @@ impl Failure {
                 | ClientError::Setup(_) => Exit::Failed,
             },
             Self::NotConfirmed
+            | Self::Trust(_)
+            | Self::StrangeToken
             | Self::Profile(_)
             | Self::File { .. }
             | Self::PatternTooLarge { .. }
@@ -166,6 +176,8 @@ impl Failure {
             Self::Profile(_) => text.trim_end().lines().map(escape_for_display).collect(),
             Self::Usage(_)
             | Self::NotConfirmed
+            | Self::Trust(_)
+            | Self::StrangeToken
             | Self::NothingToDo(_)
             | Self::Interrupted(_)
             | Self::Client(_)
@@ -182,6 +194,8 @@ impl Failure {
             Self::Import { file, source: ClientError::Refused(view) } => (Some(view), Some(file.as_path())),
             Self::Usage(_)
             | Self::NotConfirmed
+            | Self::Trust(_)
+            | Self::StrangeToken
             | Self::NothingToDo(_)
             | Self::Interrupted(_)
             | Self::Profile(_)
@@ -218,8 +232,10 @@ impl Failure {
             Self::NothingToDo(_) => {
                 Some("see what is known: `tmctl status`, or `tmctl why` and an endpoint".to_owned())
             }
+            Self::Trust(error) => error.hint(),
             Self::Usage(_)
             | Self::NotConfirmed
+            | Self::StrangeToken
             | Self::Interrupted(_)
             | Self::File { .. }
             | Self::PatternTooLarge { .. }

@@ -8,6 +8,7 @@
 mod cli;
 mod client;
 mod cmds;
+mod desk;
 mod duration;
 mod failure;
 mod output;
@@ -24,6 +25,7 @@ use clap::Parser as _;
 use crate::{
     cli::{Cli, Command},
     client::Client,
+    desk::{Desk, DeskError},
     failure::{Exit, Failure},
     output::Output,
     profile::Profile,
@@ -48,6 +50,13 @@ fn main() -> ExitCode {
 async fn run(cli: Cli) -> Result<Exit, Failure> {
     let out = Output::new(cli.output);
     let client = || -> Result<Client, Failure> { Ok(Client::new(Profile::load(cli.profile.as_deref())?)?) };
+    let desk = || -> Result<Desk, Failure> {
+        let folder = match &cli.trust {
+            Some(folder) => folder.clone(),
+            None => Profile::load(cli.profile.as_deref())?.trust_folder().ok_or(DeskError::Nowhere)?,
+        };
+        Ok(Desk::open(folder, cli.passphrase_file.as_deref())?)
+    };
     match cli.command {
         Command::Status => cmds::status::run(&client()?, &out).await,
         Command::Why { target } => cmds::why::run(&target, &client()?, &out).await,
@@ -58,8 +67,8 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Vault(command) => cmds::vault::run(command, &client()?, &out).await,
         Command::Event(command) => cmds::event::run(command, &client()?, &out).await,
         Command::Task(command) => cmds::task::run(command, &client()?, &out).await,
-        Command::Pattern(command) => cmds::pattern::run(command, &client()?, &out).await,
-        Command::Token(command) => cmds::token::run(command, &client()?, &out).await,
+        Command::Pattern(command) => cmds::pattern::run(command, &client()?, &desk()?, &out).await,
+        Command::Token(command) => cmds::token::run(command, &client()?, &desk()?, &out).await,
         Command::Account(command) => cmds::account::run(command, &client()?, &out).await,
         Command::Audit(command) => cmds::audit::run(command, &client()?, &out).await,
         Command::Version => cmds::version::run(&client()?, &out).await,

@@ -129,6 +129,16 @@ impl Profile {
     }
 }
 
+impl Profile {
+    /// Where the keys of this fleet lie unless something else is said; `None` without a home folder.
+    pub(crate) fn trust_folder(&self) -> Option<PathBuf> {
+        let home = PathBuf::from(env::var_os("HOME")?);
+        let digest = self.ca_sha256.to_string();
+        let folder = digest.get(..16).unwrap_or(&digest);
+        home.is_absolute().then(|| home.join(".config/tmctl/trust").join(folder))
+    }
+}
+
 fn default_path(home: Option<PathBuf>) -> Option<PathBuf> {
     home.filter(|home| home.is_absolute()).map(|home| home.join(".config/tmctl/profile.toml"))
 }

@@ -20,6 +20,7 @@ mod scans;
 mod status;
 mod tasks;
 mod tokens;
+mod trust;
 mod version;
 
 use std::{sync::Arc, time::Duration};
@@ -42,7 +43,7 @@ use self::error::{Error, quoted};
 use crate::{
     access::{self, Permission},
     addresses::Addresses,
-    patterns::Blobs,
+    patterns::{Blobs, trust::OnlineKeys},
     store::Store,
 };
 
@@ -65,6 +66,8 @@ pub(crate) struct AppState {
     pub(crate) ca_sha256: watch::Receiver<Sha256>,
     pub(crate) manager: ManagerId,
     pub(crate) fleet: FleetId,
+    /// What this manager signs with.
+    pub(crate) trust: Arc<OnlineKeys>,
     /// Tries patterns.
     pub(crate) worker: WorkerProgram,
 }
@@ -98,6 +101,9 @@ const fn route(
 
 /// More than is read of any pattern: who reads it says that it is too large.
 const MAX_PATTERN: usize = (512 << 20) + MIB;
+
+/// A set of metadata within a request.
+const MAX_TRUST: usize = tm_patterns::trust::MAX_BUNDLE + MIB;
 
 /// Everything that can be asked.
 pub(crate) static ROUTES: &[Route] = &[
@@ -138,6 +144,23 @@ pub(crate) static ROUTES: &[Route] = &[
     },
     route(Method::GET, "/v1/patterns", Permission::ReadPatterns, |m| on(m, patterns::list)),
     route(Method::GET, "/v1/patterns/{pattern}", Permission::ReadPatterns, |m| on(m, patterns::show)),
+    route(Method::GET, "/v1/trust", Permission::ReadPatterns, |m| on(m, trust::show)),
+    Route {
+        method: Method::POST,
+        path: "/v1/trust",
+        permission: Permission::ImportPatterns,
+        body: MAX_TRUST,
+        patience: PATIENCE,
+        handler: |m| on(m, trust::publish),
+    },
+    Route {
+        method: Method::POST,
+        path: "/v1/trust/root",
+        permission: Permission::ChangeTrust,
+        body: MAX_TRUST,
+        patience: PATIENCE,
+        handler: |m| on(m, trust::change),
+    },
     route(Method::POST, "/v1/tokens", Permission::ChangeTokens, |m| on(m, tokens::create)),
     route(Method::GET, "/v1/tokens", Permission::ReadTokens, |m| on(m, tokens::list)),
     route(Method::DELETE, "/v1/tokens/{id}", Permission::ChangeTokens, |m| on(m, tokens::revoke)),

@@ -67,6 +67,7 @@ fn view(row: PatternRow) -> PatternView {
     PatternView {
         sha256: row.reference.sha256.to_string(),
         name: row.reference.name,
+        state: if row.published_ms.is_some() { "published" } else { "draft" }.to_owned(),
         kind: row.kind,
         size: row.reference.size,
         rules: row.rules,

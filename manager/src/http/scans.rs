@@ -13,7 +13,12 @@ use tm_protocol::{
 };
 use uuid::Uuid;
 
-use super::{Actor, AppState, error::Error, input::Body, now_ms, orders, patterns};
+use super::{
+    Actor, AppState,
+    error::{Error, quoted},
+    input::Body,
+    now_ms, orders, patterns,
+};
 use crate::store::{
     Store,
     tasks::{Order, Recipient},
@@ -81,7 +86,15 @@ async fn chosen_patterns(store: &Store, names: &[String]) -> Result<Vec<PatternR
         return Err(too_many());
     }
     for name in names {
-        let reference = patterns::one(store, name).await?.reference;
+        let row = patterns::one(store, name).await?;
+        if row.published_ms.is_none() {
+            return Err(Error::new(
+                Code::Conflict,
+                format!("pattern {} is a draft that nobody has signed; no agent would load it", quoted(name)),
+            )
+            .hint("sign and publish it: tmctl pattern import FILE"));
+        }
+        let reference = row.reference;
         if !chosen.iter().any(|known| known.sha256 == reference.sha256) {
             chosen.push(reference);
         }

@@ -49,6 +49,7 @@ impl Lab {
             ca_sha256: tokio::sync::watch::channel(Sha256::new([9; 32])).1,
             manager: ManagerId::new(Uuid::from_u128(1)),
             fleet: FleetId::new(Uuid::from_u128(2)),
+            trust: Arc::new(OnlineKeys::open(&folder.path().join("trust")).unwrap()),
             worker: WorkerProgram { path: "/nonexistent/worker".into(), args: Vec::new() },
         };
         Self { router: router(state.clone()), state, _folder: folder }
@@ -93,6 +94,7 @@ impl Lab {
             forced: false,
         };
         self.state.store.import_pattern(&new, "x", 1).await.unwrap();
+        self.state.store.mark_published(&[Sha256::of(name.as_bytes())]).await;
     }
 }
 

@@ -42,8 +42,13 @@ pub(crate) async fn create(
     }
     let secret: [u8; 32] = rand::random();
     let digest = Sha256::of(&secret);
-    let ca = *state.ca_sha256.borrow();
-    let token = EnrollmentToken { addresses, ca, secret: secret.into() };
+    let token = EnrollmentToken {
+        addresses,
+        ca: *state.ca_sha256.borrow(),
+        secret: secret.into(),
+        // The desk that asked adds it: agents must not learn from a manager whose patterns to trust.
+        root: None,
+    };
     let created_ms = now_ms();
     let row = TokenRow {
         id: TokenId::new(Uuid::now_v7()),

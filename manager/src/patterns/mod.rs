@@ -5,6 +5,7 @@
 
 mod blobs;
 mod incoming;
+pub(crate) mod trust;
 
 use axum::body::Bytes;
 use futures_util::Stream;

@@ -38,6 +38,7 @@ mod specs;
 pub(crate) mod streams;
 pub(crate) mod tasks;
 pub(crate) mod tokens;
+pub(crate) mod trust;
 pub(crate) mod vault;
 
 #[cfg(test)]

@@ -12,7 +12,8 @@ use super::{
 };
 
 const SELECT: &str =
-    "SELECT sha256, name, kind, size, rules, warnings, imported_by, imported_ms, import_number, md5, sha1, sha256s
+    "SELECT sha256, name, kind, size, rules, warnings, imported_by, imported_ms, import_number, md5, sha1, sha256s,
+            published_ms
      FROM pattern";
 /// The only kind there is.
 const KIND: &str = "detection";
@@ -29,6 +30,8 @@ pub(crate) struct PatternRow {
     pub(crate) warnings: Vec<ProblemRow>,
     pub(crate) imported_by: String,
     pub(crate) imported_ms: i64,
+    /// When a role of the fleet listed it; `None` for a draft.
+    pub(crate) published_ms: Option<i64>,
     import_number: i64,
 }
 
@@ -66,7 +69,7 @@ pub(crate) enum Import {
 }
 
 impl Store {
-    /// Notes a pattern and makes its name mean it. What is so already stays untouched.
+    /// Notes a pattern, as a draft if nobody lists it yet. What is so already stays untouched.
     ///
     /// # Errors
     /// If the database refuses.
@@ -92,9 +95,11 @@ impl Store {
             .await
             .map(|row| newest(&row))
             .map_err(StoreError::query("read the imports"))?;
-        match known {
-            Some(row) if row.reference.name != *name => return Ok(Import::OtherName(row.reference.name)),
-            Some(row) if row.import_number == newest_of_name => return Ok(Import::Stored(row)),
+        match &known {
+            Some(row) if row.reference.name != *name => {
+                return Ok(Import::OtherName(row.reference.name.clone()));
+            }
+            Some(row) if row.import_number == newest_of_name => return Ok(Import::Stored(row.clone())),
             Some(_) | None => {}
         }
         let import_number = 1 + sqlx::query("SELECT MAX(import_number) FROM pattern")
@@ -144,6 +149,7 @@ impl Store {
             warnings: new.warnings.clone(),
             imported_by: actor.to_owned(),
             imported_ms: now_ms,
+            published_ms: known.and_then(|row| row.published_ms),
             import_number,
         }))
     }
@@ -156,13 +162,14 @@ impl Store {
         self.patterns_where("1 = 1", None).await
     }
 
-    /// Of each name the newest import.
+    /// Of each name the newest import that a role lists.
     ///
     /// # Errors
     /// If the database cannot be read.
     pub(crate) async fn newest_patterns(&self) -> Result<Vec<PatternRow>, StoreError> {
-        let newest = "import_number = (SELECT MAX(other.import_number) FROM pattern other
-                      WHERE other.name = pattern.name)";
+        let newest = "published_ms IS NOT NULL
+                      AND import_number = (SELECT MAX(other.import_number) FROM pattern other
+                      WHERE other.name = pattern.name AND other.published_ms IS NOT NULL)";
         self.patterns_where(newest, None).await
     }
 
@@ -174,7 +181,8 @@ impl Store {
         Ok(self.patterns_where("sha256 = $1", Some(digest.to_string())).await?.pop())
     }
 
-    /// The patterns that `text` may mean: one by digest, the newest by name, or those whose digest begins so
+    /// The patterns that `text` may mean: one by digest, the newest by name (a draft only where the name means
+    /// nothing else), or those whose digest begins so
     /// (at least 8 digits). One is an answer, none or several are not.
     ///
     /// # Errors
@@ -186,7 +194,8 @@ impl Store {
             return Ok(vec![row]);
         }
         let named = self.patterns_where("name = $1", Some(text.to_owned())).await?;
-        if let Some(newest) = named.into_iter().next_back() {
+        let published = named.iter().rfind(|row| row.published_ms.is_some());
+        if let Some(newest) = published.or(named.last()).cloned() {
             return Ok(vec![newest]);
         }
         let is_start = text.len() >= MIN_DIGITS && text.bytes().all(|b| b.is_ascii_hexdigit());
@@ -194,6 +203,20 @@ impl Store {
             return Ok(Vec::new());
         }
         self.patterns_where("sha256 LIKE $1", Some(format!("{}%", text.to_ascii_lowercase()))).await
+    }
+
+    /// As if roles listed these, for tests of what scans choose.
+    #[cfg(test)]
+    pub(crate) async fn mark_published(&self, digests: &[Sha256]) {
+        let mut tx = self.begin().await.expect("a store");
+        for digest in digests {
+            sqlx::query("UPDATE pattern SET published_ms = 1 WHERE sha256 = $1")
+                .bind(digest.to_string())
+                .execute(&mut *tx)
+                .await
+                .expect("a column");
+        }
+        Self::commit(tx).await.expect("a store");
     }
 
     async fn patterns_where(
@@ -240,6 +263,7 @@ fn pattern(row: &AnyRow) -> Result<PatternRow, StoreError> {
         imported_by: row.get(6),
         imported_ms: row.get(7),
         import_number: row.get(8),
+        published_ms: row.get(12),
     })
 }
 
@@ -254,6 +278,13 @@ mod tests {
         NewPattern { reference, rules: 1, digests: Counts::new(1, 2, 3), warnings, forced: false }
     }
 
+    /// As if a role listed all.
+    async fn publish_all(store: &Store) {
+        let all: Vec<Sha256> =
+            store.patterns().await.unwrap().iter().map(|row| row.reference.sha256).collect();
+        store.mark_published(&all).await;
+    }
+
     #[tokio::test]
     async fn a_name_means_the_newest_import() {
         let (store, _folder) = scratch().await;
@@ -265,6 +296,8 @@ mod tests {
         for (name, text) in [("x", "a"), ("x", "b"), ("y", "c"), ("y", "c")] {
             store.import_pattern(&new(name, text), "root", 1).await.unwrap();
         }
+        assert_eq!(texts().await, [], "nothing is listed yet");
+        publish_all(&store).await;
         assert_eq!(texts().await, [b, c]);
         store.import_pattern(&new("x", "a"), "root", 2).await.unwrap();
         assert_eq!(texts().await, [c, a]);

@@ -83,8 +83,12 @@ pub(crate) fn bulk(what: &Bulk) -> anyhow::Result<()> {
         thread::sleep(Duration::from_millis(20));
     }
     let profile = data.join("admin.toml");
-    let tmctl =
-        |args: &[&str]| run(Command::new(bins.join("tmctl")).arg("--profile").arg(&profile).args(args));
+    let tmctl = |args: &[&str]| {
+        let mut command = Command::new(bins.join("tmctl"));
+        command.env("TMCTL_TRUST", folder.path().join("trust"));
+        run(command.arg("--profile").arg(&profile).args(args))
+    };
+    tmctl(&["pattern", "trust", "init"])?;
     let made = tmctl(&["token", "create", "--uses", &what.agents.to_string(), "-o", "json"])?;
     let made: Value = serde_json::from_str(&made).context("no token was shown")?;
     let token = folder.path().join("token");

@@ -51,6 +51,7 @@ fn stay(stage: &mut Stage) -> anyhow::Result<()> {
     let mut text = String::new();
     writeln!(text, "The manager and both agents go on running. In another terminal:\n")?;
     writeln!(text, "  export TMCTL_PROFILE={}", stage.profile())?;
+    writeln!(text, "  export TMCTL_TRUST={}", stage.data("trust"))?;
     writeln!(text, "  alias tmctl={}", tmctl.display())?;
     writeln!(text, "  tmctl endpoint list")?;
     // The files that were put back are found again.

@@ -47,7 +47,15 @@ pub(super) fn manager(stage: &mut Stage) -> anyhow::Result<()> {
     stage.manager = Some(manager);
     let tokens = stage.tmctl_json(&["token", "list"])?;
     ensure!(items(&tokens).is_empty(), "a new manager has no tokens, this one says: {tokens:?}");
-    stage.say(&format!("$ export TMCTL_PROFILE={}      (what `init` wrote)\n", stage.profile()))
+    stage.say(&format!("$ export TMCTL_PROFILE={}      (what `init` wrote)\n", stage.profile()))?;
+    stage.heading("Keys that sign patterns: on the desk, never on the manager")?;
+    stage.say(&format!("$ export TMCTL_TRUST={}\n", stage.data("trust")))?;
+    stage.tmctl(&["pattern", "trust", "init"])?;
+    let roles = stage.tmctl_json(&["pattern", "trust", "status"])?;
+    let detect = items(&roles).into_iter().find(|role| text(role, "role") == "detect");
+    let detect = detect.context("`trust status` does not show the role `detect`")?;
+    ensure!(number(detect, "keys_here")? == 1, "the key is not on the desk: {detect}");
+    Ok(())
 }
 
 pub(super) fn agents(stage: &mut Stage) -> anyhow::Result<()> {

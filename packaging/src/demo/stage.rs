@@ -196,7 +196,7 @@ impl Stage {
 
     fn command(&self, program: &str, args: &[&str]) -> anyhow::Result<Command> {
         let mut command = Command::new(programs::path(program)?);
-        command.args(args).env("TMCTL_PROFILE", self.profile());
+        command.args(args).env("TMCTL_PROFILE", self.profile()).env("TMCTL_TRUST", self.data("trust"));
         Ok(command)
     }
 

@@ -20,7 +20,7 @@ use std::{
 
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustls::ClientConfig;
-use tm_patterns::{MAX_STORED, Pattern, ReadError, delta};
+use tm_patterns::{InvalidPattern, MAX_STORED, Pattern, ReadError, delta};
 use tm_protocol::{address::Address, ids::Sha256, report::Failure, task::PatternRef};
 use tokio::{sync::Mutex, time::timeout};
 
@@ -75,8 +75,47 @@ pub(crate) async fn pattern(
         }
     };
     match timeout(TRANSFER, fetched).await {
-        Ok(fetched) => fetched.map_err(failed),
+        Ok(Ok(pattern)) => Ok(pattern),
+        Ok(Err(NotFetched::Failed(why))) => Err(failed(why)),
+        Ok(Err(NotFetched::Altered(error))) => {
+            let name = &wanted.name;
+            let message = format!("the manager's bytes of pattern `{name}` are not those that were signed: {error}");
+            Err(Failure::new("pattern-altered", message))
+        }
         Err(_) => Err(failed(format!("not complete after {} s", TRANSFER.as_secs()))),
+    }
+}
+
+/// What a manager has at `path`, if that is not more than `most` bytes.
+///
+/// # Errors
+/// If it has nothing there, or not all of it arrives.
+pub(super) async fn small(
+    address: &Address,
+    config: &Arc<ClientConfig>,
+    path: &str,
+    most: u64,
+) -> Result<Vec<u8>, String> {
+    let mut client = Client::new(address, config);
+    let head = client.get(path, "").await?;
+    if head.status != 200 {
+        return Err(format!("the manager answers {}", head.status));
+    }
+    let length = head.length.filter(|length| *length <= most).ok_or("its length is not one that can be")?;
+    let bytes = client.rest(&head, most).await;
+    if wide(bytes.len()) == length { Ok(bytes) } else { Err("the answer breaks off".to_owned()) }
+}
+
+/// Why a pattern was not fetched.
+enum NotFetched {
+    Failed(String),
+    /// All bytes came, and they are not those that the order names.
+    Altered(InvalidPattern),
+}
+
+impl<T: Into<String>> From<T> for NotFetched {
+    fn from(why: T) -> Self {
+        Self::Failed(why.into())
     }
 }
 
@@ -87,7 +126,7 @@ async fn look(paths: &Paths, wanted: &PatternRef) -> Option<Pattern> {
 }
 
 /// Fetches all of it.
-async fn whole(paths: &Paths, client: &mut Client<'_>, wanted: &PatternRef) -> Result<Pattern, String> {
+async fn whole(paths: &Paths, client: &mut Client<'_>, wanted: &PatternRef) -> Result<Pattern, NotFetched> {
     let at = format!("/v1/patterns/{}", wanted.sha256);
     let mut first = true;
     loop {
@@ -100,7 +139,10 @@ async fn whole(paths: &Paths, client: &mut Client<'_>, wanted: &PatternRef) -> R
             Err(error) if first => {
                 tracing::warn!(%error, sha256 = %wanted.sha256, "A pattern is fetched anew.")
             }
-            Err(error) => return Err(error.to_string()),
+            Err(ReadError::Invalid(error @ InvalidPattern::Digest { .. })) => {
+                return Err(NotFetched::Altered(error));
+            }
+            Err(error) => return Err(error.to_string().into()),
         }
         first = false;
     }
@@ -307,7 +349,7 @@ fn make_room(paths: &Paths, path: &Path, size: u64, most: u64) -> io::Result<()>
 }
 
 /// Runs what blocks away from the threads that keep the link; `None` if it panics.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+pub(super) async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
 }
 

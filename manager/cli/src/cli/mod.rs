@@ -8,6 +8,7 @@ mod endpoint;
 mod event;
 mod limits;
 mod order;
+mod pattern;
 mod scan;
 mod task;
 mod vault;
@@ -27,6 +28,7 @@ pub(crate) use self::{
     endpoint::Endpoint,
     event::{Event, EventFilter, ListEvents},
     order::{Terms, To},
+    pattern::{ImportPattern, Pattern, Trust},
     scan::{Scan, StartScan},
     task::Task,
     vault::{RunRestore, Vault},
@@ -49,6 +51,7 @@ const GLOBAL: &str = "Options of every command";
         First steps:\n  \
         tmctl status\n  \
         tmctl endpoint list\n  \
+        tmctl pattern trust init\n  \
         tmctl pattern import rules.yar\n  \
         tmctl scan start web-07 --path /srv --wait\n  \
         tmctl cleanup run web-07 --dry-run\n  \
@@ -72,6 +75,27 @@ pub(crate) struct Cli {
         help_heading = GLOBAL
     )]
     pub(crate) profile: Option<PathBuf>,
+    /// The folder with the keys that sign patterns
+    /// [default: ~/.config/tmctl/trust/ and the start of the authority's digest]
+    #[arg(
+        long,
+        global = true,
+        env = "TMCTL_TRUST",
+        value_name = "DIR",
+        hide_env_values = true,
+        help_heading = GLOBAL
+    )]
+    pub(crate) trust: Option<PathBuf>,
+    /// A file whose first line is the passphrase that these keys are sealed with
+    #[arg(
+        long,
+        global = true,
+        env = "TMCTL_PASSPHRASE_FILE",
+        value_name = "FILE",
+        hide_env_values = true,
+        help_heading = GLOBAL
+    )]
+    pub(crate) passphrase_file: Option<PathBuf>,
     /// How data are printed
     #[arg(
         short,
@@ -174,43 +198,14 @@ pub(crate) enum Command {
     },
 }
 
-/// `tmctl pattern`.
-#[derive(Debug, Subcommand)]
-pub(crate) enum Pattern {
-    /// Import a pattern (YARA rules or a list of digests)
-    #[command(long_about = "Import a pattern: YARA rules or a list of digests, told apart by content.\n\n\
-        The manager compiles it first; mistakes are shown as FILE:LINE:COL and nothing is imported. A newer \
-        import under the same name is the one that the name means from then on. Rules that cost much more than \
-        others are named with the reason, and a pattern with one that can hold up a scan is refused unless \
-        --force is given. A list has one digest (MD5, SHA-1 or SHA-256) a line, alone or with a name, as CSV, as \
-        MISP exports it, or as ClamAV writes .hdb and .hsb; lines without one are named.\n\n\
-        Example:\n  tmctl pattern import rules.yar --name fleet-rules")]
-    Import {
-        /// The file
-        file: PathBuf,
-        /// What people will call it [default: the file's name]
-        #[arg(long)]
-        name: Option<String>,
-        /// Take rules that can hold up a scan all the same; they are named, and the audit log says so
-        #[arg(long)]
-        force: bool,
-    },
-    /// List patterns
-    List,
-    /// Show one pattern
-    Show {
-        /// Its name, digest, or the start of the digest (8 digits or more)
-        pattern: String,
-    },
-}
-
 /// `tmctl token`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Token {
     /// Make an enrollment token; it is shown only now
     #[command(
         long_about = "Make an enrollment token and print it, and nothing else, on standard output. It is \
-        a secret, and it is shown only now.\n\n\
+        a secret, and it is shown only now. It carries the digest of the root of trust in this desk's trust \
+        folder (see `tmctl pattern trust init`): agents load only patterns that follow from it.\n\n\
         Example:\n  tmctl token create --uses 10 --group servers > token\n\n\
         On each endpoint:\n  tm-agent enroll --data /var/lib/tm-agent --token-file token"
     )]
@@ -224,6 +219,9 @@ pub(crate) enum Token {
         /// The group its endpoints start in
         #[arg(long, default_value = "default")]
         group: String,
+        /// Make it although this desk has no root of trust; agents it lets in load no pattern
+        #[arg(long)]
+        without_trust: bool,
     },
     /// List enrollment tokens (without their secrets)
     List,

@@ -13,6 +13,7 @@ mod follow;
 mod ordered;
 pub(crate) mod pattern;
 mod progress;
+mod publish;
 mod quote;
 mod receipt;
 #[cfg(test)]
@@ -22,6 +23,7 @@ pub(crate) mod status;
 pub(crate) mod task;
 pub(crate) mod token;
 mod treatment;
+mod trust;
 pub(crate) mod vault;
 pub(crate) mod version;
 mod wait;

@@ -2,18 +2,21 @@
 
 use std::{fs::File, io::Read as _, path::PathBuf};
 
-use tm_api::pattern::{ImportQuery, PatternView};
+use tm_api::pattern::PatternView;
 use tm_patterns::{MAX_IMPORT, digests::Counts};
 
+use super::{publish, trust};
 use crate::{
     cli::Pattern,
-    client::{Client, ClientError},
+    client::Client,
+    desk::Desk,
     failure::{Exit, Failure, problem_line},
-    output::{Column, Format, Output, say},
+    output::{Column, Output, say},
 };
 
-const COLUMNS: [Column<PatternView>; 8] = [
+const COLUMNS: [Column<PatternView>; 9] = [
     Column::narrow("name", |p| p.name.clone()),
+    Column::narrow("state", |p| p.state.clone()),
     Column::narrow("kind", |p| p.kind.clone()),
     Column::narrow("rules", |p| p.rules.to_string()),
     Column::narrow("digests", digests),
@@ -28,9 +31,29 @@ fn digests(pattern: &PatternView) -> String {
     counts.map_or("-".to_owned(), |counts| counts.to_string())
 }
 
-pub(crate) async fn run(command: Pattern, client: &Client, out: &Output) -> Result<Exit, Failure> {
+pub(crate) async fn run(
+    command: Pattern,
+    client: &Client,
+    desk: &Desk,
+    out: &Output,
+) -> Result<Exit, Failure> {
     match command {
-        Pattern::Import { file, name, force } => import(file, name, force, client, out).await?,
+        Pattern::Import(what) => {
+            let file = what.file.clone();
+            let imported = publish::import(what, client, desk, out).await?;
+            warn(Some(&file), &imported);
+            out.list(&[imported], &COLUMNS, "")?;
+        }
+        Pattern::Draft { import, out: path } => {
+            let file = import.file.clone();
+            let sent = publish::draft(import, &path, client, desk, out).await?;
+            warn(Some(&file), &sent);
+            out.list(&[sent], &COLUMNS, "")?;
+        }
+        Pattern::Sign { draft } => publish::sign(&draft, desk)?,
+        Pattern::Publish { draft } => publish::publish(&draft, client, desk).await?,
+        Pattern::Retire { pattern, role } => publish::retire(&pattern, role, client, desk).await?,
+        Pattern::Trust(command) => return trust::run(command, client, desk, out).await,
         Pattern::List => {
             let patterns: Vec<PatternView> = client.get(&["patterns"], &()).await?;
             out.list(&patterns, &COLUMNS, "no patterns; import one: tmctl pattern import FILE")?;
@@ -44,41 +67,8 @@ pub(crate) async fn run(command: Pattern, client: &Client, out: &Output) -> Resu
     Ok(Exit::Done)
 }
 
-async fn import(
-    file: PathBuf,
-    name: Option<String>,
-    force: bool,
-    client: &Client,
-    out: &Output,
-) -> Result<(), Failure> {
-    let name = match name {
-        Some(name) => name,
-        None => file
-            .file_name()
-            .and_then(|name| name.to_str())
-            .ok_or_else(|| {
-                Failure::Usage("the file's name cannot be the pattern's; give one with --name".into())
-            })?
-            .to_owned(),
-    };
-    let bytes = read(&file)?;
-    let imported: PatternView = match client.upload(&["patterns"], &ImportQuery { name, force }, bytes).await
-    {
-        Ok(imported) => imported,
-        Err(source) => {
-            // Programs that read the rules and their places want them where they want the rest.
-            if let (true, ClientError::Refused(view)) = (out.format() == Format::Json, &source) {
-                out.json(view)?;
-            }
-            return Err(Failure::Import { file, source });
-        }
-    };
-    warn(Some(&file), &imported);
-    out.list(&[imported], &COLUMNS, "")
-}
-
 /// Reads no more than a pattern may have, so that a device or a wrong file does not fill the memory.
-fn read(path: &PathBuf) -> Result<Vec<u8>, Failure> {
+pub(super) fn read(path: &PathBuf) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(MAX_IMPORT.saturating_add(1)).read_to_end(&mut bytes))

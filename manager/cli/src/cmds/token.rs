@@ -1,10 +1,12 @@
 //! `tmctl token`: enrollment tokens.
 
 use tm_api::token::{CreateToken, NewToken, TokenView};
+use tm_protocol::token::EnrollmentToken;
 
 use crate::{
     cli::Token,
     client::Client,
+    desk::{Desk, DeskError},
     failure::{Exit, Failure},
     output::{Column, Format, Output, say},
 };
@@ -28,11 +30,20 @@ const NEW: [Column<NewToken>; 5] = [
     Column::narrow("token", |t| t.token.clone()),
 ];
 
-pub(crate) async fn run(command: Token, client: &Client, out: &Output) -> Result<Exit, Failure> {
+pub(crate) async fn run(command: Token, client: &Client, desk: &Desk, out: &Output) -> Result<Exit, Failure> {
     match command {
-        Token::Create { uses, expires, group } => {
+        Token::Create { uses, expires, group, without_trust } => {
+            // Before a token is made that nobody would use.
+            let root = desk.root_digest()?;
+            if root.is_none() && !without_trust {
+                return Err(DeskError::NoTrust(desk.folder().to_path_buf()).into());
+            }
             let body = CreateToken { uses, expires_in_s: expires.as_secs(), group };
-            let made: NewToken = client.post(&["tokens"], &body).await?;
+            let mut made: NewToken = client.post(&["tokens"], &body).await?;
+            // Here, so that the manager cannot choose whose patterns agents load.
+            let mut token: EnrollmentToken = made.token.parse().map_err(|_| Failure::StrangeToken)?;
+            token.root = root;
+            made.token = token.to_string();
             let view = &made.view;
             say(&tm_protocol::text::escape_for_display(&format!(
                 "token {} lets {} agent(s) into group `{}` until {}; it is a secret and shown only now",

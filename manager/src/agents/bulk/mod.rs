@@ -5,6 +5,7 @@
 //! | `GET`, `HEAD /v1/patterns/SHA256` | the bytes; `Range` and `If-Range` as in RFC 9110, the `ETag` is the digest |
 //! | `GET /v1/patterns/SHA256/deltas?from=SHA256,…` | of those that the agent has, the one to begin with, and digest and length of the delta: one line; 404 if there is none worth it |
 //! | `GET`, `HEAD /v1/deltas/SHA256` | a delta's bytes, as a pattern's |
+//! | `GET /v1/trust` | the signed metadata in force, which say what patterns are the fleet's; 404 if there are none |
 //! | `/v1/uploads…` | see [`intake`] |
 //!
 //! Whoever is told 503 comes again after the seconds in `Retry-After`, or somewhat later.
@@ -213,6 +214,7 @@ impl Inner {
                 Ok(_) => method("GET, HEAD"),
                 Err(_) => status_only(StatusCode::NOT_FOUND),
             },
+            [Some("trust"), None, None, None] if reads => self.trust().await,
             [Some("uploads"), id, None, None] => {
                 intake::answer(self, request, id, peer.endpoint, &moved).await
             }
@@ -290,6 +292,21 @@ impl Inner {
         );
         headers.extend(range.and_then(|range| Some((CONTENT_RANGE, HeaderValue::from_str(&range).ok()?))));
         answer
+    }
+
+    /// The signed metadata in force, as they are stored.
+    async fn trust(&self) -> Answer {
+        match self.store.trust().await {
+            Ok(Some(row)) => {
+                let body = Full::new(Bytes::from(row.bundle)).map_err(|never| match never {});
+                Response::new(body.boxed_unsync())
+            }
+            Ok(None) => status_only(StatusCode::NOT_FOUND),
+            Err(error) => {
+                tracing::error!(%error, "Cannot read the signed metadata.");
+                busy()
+            }
+        }
     }
 
     /// Which delta to take, to come to the pattern `new`.

@@ -97,6 +97,7 @@ impl Site {
 
     /// Imports a rule to scan with.
     pub(super) fn rule(&self) -> anyhow::Result<()> {
+        self.tmctl(&["pattern", "trust", "init"])?;
         let path = self.folder.path().join("eicar.yar");
         fs::write(&path, RULE).context("cannot write the rule to a file")?;
         self.tmctl(&["pattern", "import", &path.display().to_string()]).map(drop)
@@ -105,6 +106,7 @@ impl Site {
     /// What `tmctl` prints.
     pub(super) fn tmctl(&self, args: &[&str]) -> anyhow::Result<String> {
         let mut command = Command::new(self.bins.join("tmctl"));
+        command.env("TMCTL_TRUST", self.folder.path().join("trust"));
         run(command.arg("--profile").arg(self.data().join("admin.toml")).args(args))
     }
 

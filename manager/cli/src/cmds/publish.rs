@@ -1,0 +1,246 @@
+//! From a pattern's file to one that agents load: sent as a draft, signed here, put in force.
+//!
+//! A draft's file is JSON: `format` (`tm-draft-1`), the role, and the role's next file with the signatures so far.
+//!
+//! **Invariant:** what is signed is the digest of the bytes on this machine, never one that the manager names.
+
+use std::{fs, path::Path};
+
+use serde::{Deserialize, Serialize};
+use tm_api::{
+    pattern::{ImportQuery, PatternView},
+    trust::PublishTrust,
+};
+use tm_patterns::{
+    Pattern, ReadError,
+    trust::{self, About, Delegate, Entry, Signed, Targets, TrustError, Verified},
+};
+use tm_protocol::ids::Sha256;
+
+use super::trust::{current, expiry, send};
+use crate::{
+    cli::ImportPattern,
+    client::{Client, ClientError},
+    desk::{Desk, DeskError, Seat},
+    failure::Failure,
+    output::{Format, Output, say},
+};
+
+const FORMAT: &str = "tm-draft-1";
+
+/// A role's next file, on its way to enough signatures.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Draft {
+    format: String,
+    role: String,
+    file: String,
+}
+
+/// Imports, signs and publishes in one go; the pattern as it then is.
+///
+/// # Errors
+/// If any of these is refused; nothing is then in force that was not before.
+pub(crate) async fn import(
+    what: ImportPattern,
+    client: &Client,
+    desk: &Desk,
+    out: &Output,
+) -> Result<PatternView, Failure> {
+    let set = current(client, desk).await?;
+    let role = what.role;
+    // Before anything is sent: without a key nothing can come of it.
+    desk.some_keys(Seat::Role(role))?;
+    let (sent, entry) = upload(&what, client, out).await?;
+    let listed = trust::entries(role, &set.role(role).signed).map_err(metadata)?;
+    if !listed.contains(&entry) {
+        let mut file = next(&set, role, Some(entry))?;
+        sign_here(desk, role, &mut file)?;
+        put_in_force(client, desk, role, &file, &set).await?;
+    }
+    let mut view: PatternView = client.get(&["patterns", &sent.sha256], &()).await?;
+    view.warnings = sent.warnings;
+    Ok(view)
+}
+
+/// Sends a pattern, and writes what is to be signed.
+///
+/// # Errors
+/// If the manager refuses the pattern, or the file cannot be written.
+pub(crate) async fn draft(
+    what: ImportPattern,
+    path: &Path,
+    client: &Client,
+    desk: &Desk,
+    out: &Output,
+) -> Result<PatternView, Failure> {
+    let set = current(client, desk).await?;
+    let (sent, entry) = upload(&what, client, out).await?;
+    let file = next(&set, what.role, Some(entry))?;
+    write(path, what.role, &file)?;
+    say("a draft: sign it (tmctl pattern sign), then publish it (tmctl pattern publish)\n");
+    Ok(sent)
+}
+
+/// Signs a draft with every key that is here.
+///
+/// # Errors
+/// If it is none, or there is no key.
+pub(crate) fn sign(path: &Path, desk: &Desk) -> Result<(), Failure> {
+    let (role, mut file) = read(path)?;
+    let keys = sign_here(desk, role, &mut file)?;
+    write(path, role, &file)?;
+    let listed = trust::entries(role, &file.signed).map_err(metadata)?;
+    say(&format!("signed with {keys} key(s) of `{role}`, which will list:\n"));
+    for entry in listed {
+        let line = format!("  {}  {}", entry.sha256, entry.about.name);
+        say(&(tm_protocol::text::escape_for_display(&line) + "\n"));
+    }
+    Ok(())
+}
+
+/// Puts a signed draft in force.
+///
+/// # Errors
+/// If it carries too few signatures, or others published since it was written.
+pub(crate) async fn publish(path: &Path, client: &Client, desk: &Desk) -> Result<(), Failure> {
+    let set = current(client, desk).await?;
+    let (role, file) = read(path)?;
+    put_in_force(client, desk, role, &file, &set).await?;
+    say(&format!("in force: `{role}` version {}\n", file.signed.version));
+    Ok(())
+}
+
+/// Takes a pattern off a role's list.
+///
+/// # Errors
+/// If it is not on it, or the change is refused.
+pub(crate) async fn retire(
+    pattern: &str,
+    role: Delegate,
+    client: &Client,
+    desk: &Desk,
+) -> Result<(), Failure> {
+    let set = current(client, desk).await?;
+    let mut entries = trust::entries(role, &set.role(role).signed).map_err(metadata)?;
+    let before = entries.len();
+    entries.retain(|entry| entry.about.name != pattern && entry.sha256.to_string() != pattern);
+    if entries.len() == before {
+        return Err(DeskError::NotListed { role: role.word(), name: pattern.to_owned() }.into());
+    }
+    let version = set.role(role).signed.version.get() + 1;
+    let file = trust::role(role, version, &entries, expiry()).map_err(metadata)?;
+    let mut file = trust::unsigned(file);
+    sign_here(desk, role, &mut file)?;
+    put_in_force(client, desk, role, &file, &set).await?;
+    say("withdrawn: no agent that hears of it loads it any more\n");
+    Ok(())
+}
+
+fn metadata(source: TrustError) -> Failure {
+    DeskError::Metadata { what: "the metadata", source }.into()
+}
+
+/// Sends the pattern's bytes; what the manager made of them, and what is to be signed.
+async fn upload(
+    what: &ImportPattern,
+    client: &Client,
+    out: &Output,
+) -> Result<(PatternView, Entry), Failure> {
+    let name = match &what.name {
+        Some(name) => name.clone(),
+        None => what
+            .file
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or_else(|| {
+                Failure::Usage("the file's name cannot be the pattern's; give one with --name".into())
+            })?
+            .to_owned(),
+    };
+    let bytes = super::pattern::read(&what.file)?;
+    // What is no pattern here is for the manager to say why, in the words that it has for it.
+    let ours = Pattern::read(name.clone(), bytes.as_slice()).map(|imported| {
+        let reference = imported.pattern.reference();
+        (reference.sha256, reference.size)
+    });
+    let query = ImportQuery { name: name.clone(), force: what.force };
+    let sent: PatternView = match client.upload(&["patterns"], &query, bytes).await {
+        Ok(sent) => sent,
+        Err(source) => {
+            // Programs that read the rules and their places want them where they want the rest.
+            if let (true, ClientError::Refused(view)) = (out.format() == Format::Json, &source) {
+                out.json(view)?;
+            }
+            return Err(Failure::Import { file: what.file.clone(), source });
+        }
+    };
+    let (sha256, size) = ours.map_err(|error| other_bytes(&error, &sent))?;
+    if sha256.to_string() != sent.sha256 {
+        return Err(DeskError::OtherBytes { ours: sha256, theirs: sent.sha256 }.into());
+    }
+    let endpoints = (!what.endpoint.is_empty()).then(|| what.endpoint.clone());
+    let about = About { name, kind: what.role.kind(), endpoints };
+    Ok((sent, Entry { sha256, size, about }))
+}
+
+fn other_bytes(_: &ReadError, sent: &PatternView) -> Failure {
+    DeskError::OtherBytes { ours: Sha256::of(b""), theirs: sent.sha256.clone() }.into()
+}
+
+/// A role's next file: with this entry, in the place of what has its name or digest.
+fn next(set: &Verified, role: Delegate, entry: Option<Entry>) -> Result<Signed<Targets>, Failure> {
+    let mut entries = trust::entries(role, &set.role(role).signed).map_err(metadata)?;
+    if let Some(entry) = entry {
+        entries.retain(|old| old.about.name != entry.about.name && old.sha256 != entry.sha256);
+        entries.push(entry);
+    }
+    let version = set.role(role).signed.version.get() + 1;
+    trust::role(role, version, &entries, expiry()).map(trust::unsigned).map_err(metadata)
+}
+
+/// Signs with every key of the role that is here; how many.
+fn sign_here(desk: &Desk, role: Delegate, file: &mut Signed<Targets>) -> Result<usize, Failure> {
+    let keys = desk.some_keys(Seat::Role(role))?;
+    for key in &keys {
+        trust::sign(file, key).map_err(metadata)?;
+    }
+    Ok(keys.len())
+}
+
+async fn put_in_force(
+    client: &Client,
+    desk: &Desk,
+    role: Delegate,
+    file: &Signed<Targets>,
+    set: &Verified,
+) -> Result<(), Failure> {
+    let needed = trust::role_holders(&set.targets().signed, role).map_or(1, |holders| holders.threshold);
+    let found = u64::try_from(trust::signers(file).len()).unwrap_or(u64::MAX);
+    if found < needed {
+        return Err(DeskError::Signatures { role: role.word(), needed, found }.into());
+    }
+    let roles = [(role.to_string(), trust::text(file))].into();
+    send(client, desk, &PublishTrust { roles, ..PublishTrust::default() }, set).await.map(drop)
+}
+
+fn read(path: &Path) -> Result<(Delegate, Signed<Targets>), Failure> {
+    let text = fs::read_to_string(path).map_err(|source| Failure::File {
+        verb: "read",
+        path: path.to_path_buf(),
+        source,
+    })?;
+    let draft: Option<Draft> = serde_json::from_str(&text).ok();
+    let parsed = draft.filter(|draft| draft.format == FORMAT).and_then(|draft| {
+        let role = Delegate::from_word(&draft.role)?;
+        let file = trust::parse(role.word(), &draft.file).ok()?;
+        trust::entries(role, &file.signed).is_ok().then_some((role, file))
+    });
+    parsed.ok_or_else(|| DeskError::Draft(path.to_path_buf()).into())
+}
+
+fn write(path: &Path, role: Delegate, file: &Signed<Targets>) -> Result<(), Failure> {
+    let draft = Draft { format: FORMAT.to_owned(), role: role.to_string(), file: trust::text(file) };
+    let text = serde_json::to_string_pretty(&draft).expect("texts are JSON");
+    fs::write(path, text).map_err(|source| Failure::File { verb: "write", path: path.to_path_buf(), source })
+}
