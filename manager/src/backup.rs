@@ -32,7 +32,10 @@ const FORMAT: u32 = 1;
 const PIECE: usize = 192 << 10;
 /// Longest line that is read: a row is at most some MiB.
 const LONGEST: u64 = 64 << 20;
-/// Files of the data folder beside the patterns: all of `ca`, and these. The last one last.
+/// Folders of the data folder that are copied beside the patterns, with the folders in them: certificate authorities
+/// and what signs patterns' metadata.
+const FOLDERS: [&str; 2] = ["ca", "trust"];
+/// Files of the data folder. The last one last.
 const FILES: [&str; 2] = ["admin.toml", "manager.toml"];
 const PATTERNS: &str = "patterns/";
 
@@ -160,17 +163,42 @@ async fn fill(store: &Store, places: Places<'_>, file: File, now_ms: i64) -> Res
 
 /// What is copied of a data folder, the configuration last.
 fn own_files(data: &Path) -> Result<Vec<String>, BackupError> {
-    let ca = data.join("ca");
-    let failed = |source| BackupError::File { path: ca.clone(), source };
     let mut names = Vec::new();
-    for entry in fs::read_dir(&ca).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let is_file = entry.file_type().map_err(failed)?.is_file();
-        names.extend(entry.file_name().to_str().filter(|_| is_file).map(|name| format!("ca/{name}")));
+    let mut folders: Vec<String> = FOLDERS.map(ToOwned::to_owned).into();
+    while let Some(folder) = folders.pop() {
+        let path = data.join(&folder);
+        let failed = |source| BackupError::File { path: path.clone(), source };
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            // There is none before the first start.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && folder == "trust" => continue,
+            Err(source) => return Err(failed(source)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            let kind = entry.file_type().map_err(failed)?;
+            let Some(name) = entry.file_name().to_str().map(|name| format!("{folder}/{name}")) else { continue };
+            if kind.is_file() {
+                names.push(name);
+            } else if kind.is_dir() && FOLDERS.contains(&folder.as_str()) {
+                folders.push(name);
+            }
+        }
     }
     names.sort();
     names.extend(FILES.iter().filter(|name| data.join(name).is_file()).map(ToString::to_string));
     Ok(names)
+}
+
+/// Whether a copy of ours may hold a file of this name in one of [`FOLDERS`], at most one folder deeper.
+fn is_in_folders(name: &str) -> bool {
+    let plain = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
+    };
+    let parts: Vec<&str> = name.split('/').collect();
+    matches!(parts.len(), 2 | 3) && FOLDERS.contains(&parts[0]) && parts.iter().all(|part| plain(part))
 }
 
 /// The file that is written, and the digest of what was.
@@ -351,12 +379,17 @@ impl Target {
             let Ok(digest) = pattern.parse::<Sha256>() else { return Ok(None) };
             return Self::new(places.patterns.join(digest.to_string()), Some(digest)).map(Some);
         }
-        let plain = |name: &str| {
-            !name.is_empty()
-                && !name.starts_with('.')
-                && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
-        };
-        if name.strip_prefix("ca/").is_some_and(plain) || FILES.contains(&name) {
+        if is_in_folders(name) {
+            let path = places.data.join(name);
+            let folder = path.parent().unwrap_or(places.data);
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(folder)
+                .map_err(|source| BackupError::File { path: folder.to_path_buf(), source })?;
+            return Self::new(path, None).map(Some);
+        }
+        if FILES.contains(&name) {
             return Self::new(places.data.join(name), None).map(Some);
         }
         Ok(None)

@@ -25,6 +25,7 @@ use crate::{
     },
     backup::{self, Places, Verified},
     config::{self, Config},
+    patterns::trust::OnlineKeys,
     server,
     store::{Store, schema::Version},
 };
@@ -198,6 +199,10 @@ fn init(mut new: New, join: Option<&Path>) -> anyhow::Result<()> {
             let fleet = existing.fleet();
             joinable(&url, fleet)?;
             authorities::join(&data.join("ca"), from).context("cannot take the certificate authority over")?;
+            // It lies beside `ca`, and managers of one fleet sign as one.
+            if let Some(keys) = from.parent().map(|folder| folder.join("trust")).filter(|keys| keys.is_dir()) {
+                OnlineKeys::join(&data.join("trust"), &keys)?;
+            }
         }
     }
     // The configuration comes last: a folder with one is complete.
@@ -209,6 +214,9 @@ fn init(mut new: New, join: Option<&Path>) -> anyhow::Result<()> {
             "Then, to talk to it: export TMCTL_PROFILE={shown}/admin.toml\n                     \
              tmctl pattern trust init      (on a desk: it makes the keys that sign patterns)\n                     \
              tmctl token create --uses 10"
+        ),
+        Some(_) if !data.join("trust").is_dir() => format!(
+            "First, copy the folder `trust` of the manager that there is to {shown}/trust: managers of a fleet sign as one."
         ),
         Some(_) => format!(
             "Administrators are those of the fleet: a profile for it is another manager's with\n                     \

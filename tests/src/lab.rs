@@ -92,7 +92,9 @@ impl Lab {
         fs::write(lab.profile(), profile.replace(&own, &other)).expect("the lab's folder is writable");
         fs::set_permissions(lab.profile(), std::os::unix::fs::PermissionsExt::from_mode(0o600))
             .expect("a file's mode can be set");
-        lab.started()
+        let mut lab = lab;
+        lab.serve();
+        lab
     }
 
     fn prepare() -> Self {

@@ -37,6 +37,9 @@ const RENEW: SignedDuration = SignedDuration::from_hours(7 * 24);
 /// How often that is looked at.
 const LOOK: Duration = Duration::from_secs(3600);
 
+/// The files of the keys: the snapshot's and the timestamp's.
+const NAMES: [&str; 2] = ["snapshot.key", "timestamp.key"];
+
 /// The only keys of the metadata that a manager has.
 #[derive(Debug)]
 pub(crate) struct OnlineKeys {
@@ -88,9 +91,34 @@ impl OnlineKeys {
     pub(crate) fn open(folder: &Path) -> Result<Self, OnlineKeysError> {
         let file = |source| OnlineKeysError::File { path: folder.display().to_string(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(file)?;
-        let keys = Self { snapshot: key(folder, "snapshot.key")?, timestamp: key(folder, "timestamp.key")? };
+        let [snapshot, timestamp] = NAMES;
+        let keys = Self { snapshot: key(folder, snapshot)?, timestamp: key(folder, timestamp)? };
         File::open(folder).and_then(|folder| folder.sync_all()).map_err(file)?;
         Ok(keys)
+    }
+
+    /// Makes `folder`, which must not exist, with the keys of `from`. Blocks.
+    ///
+    /// # Errors
+    /// If those cannot be used, or the disk refuses.
+    pub(crate) fn join(folder: &Path, from: &Path) -> Result<(), OnlineKeysError> {
+        Self::open(from)?;
+        let file = |path: &Path| {
+            let path = path.display().to_string();
+            move |source| OnlineKeysError::File { path, source }
+        };
+        DirBuilder::new().mode(0o700).create(folder).map_err(file(folder))?;
+        for name in NAMES {
+            let text = fs::read(from.join(name)).map_err(file(&from.join(name)))?;
+            let mut open = OpenOptions::new();
+            open.write(true).create_new(true).mode(0o600);
+            let put = open.open(folder.join(name)).and_then(|mut file| {
+                file.write_all(&text)?;
+                file.sync_all()
+            });
+            put.map_err(file(&folder.join(name)))?;
+        }
+        Ok(())
     }
 
     /// The public halves, in hex: of the snapshot's key and the timestamp's.

@@ -225,7 +225,7 @@ impl Inner {
     /// Whether the certificate that a link came in with still holds.
     async fn certified(&self, peer: &Peer) -> Certified {
         match self.store.certificate_status(peer.endpoint, &peer.serial).await {
-            Ok(CertificateStatus::Enrolled) => Certified::Yes,
+            Ok(CertificateStatus::Enrolled | CertificateStatus::Fresh) => Certified::Yes,
             Ok(status) => {
                 tracing::warn!(endpoint = %peer.endpoint, ?status, "A certificate is refused.");
                 Certified::No

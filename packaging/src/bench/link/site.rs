@@ -85,8 +85,9 @@ impl Site {
         self.manager.as_mut().context("the manager runs")?.check()
     }
 
-    /// Makes an enrollment token; the file it lies in.
+    /// Makes the keys that sign patterns, and an enrollment token; the file that lies in.
     pub(super) fn token(&self, uses: u32) -> anyhow::Result<PathBuf> {
+        self.tmctl(&["pattern", "trust", "init"])?;
         let made = self.tmctl(&["token", "create", "--uses", &uses.to_string(), "-o", "json"])?;
         let made: Value = serde_json::from_str(&made).context("no token was shown")?;
         let path = self.folder.path().join("token");
@@ -97,7 +98,6 @@ impl Site {
 
     /// Imports a rule to scan with.
     pub(super) fn rule(&self) -> anyhow::Result<()> {
-        self.tmctl(&["pattern", "trust", "init"])?;
         let path = self.folder.path().join("eicar.yar");
         fs::write(&path, RULE).context("cannot write the rule to a file")?;
         self.tmctl(&["pattern", "import", &path.display().to_string()]).map(drop)
