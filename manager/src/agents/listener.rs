@@ -119,9 +119,13 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
         }
         Greeted::Bulk(link) => {
-            if let Judged::Good(_) = judge(&link, port).await {
+            if let Judged::Good(peer) = judge(&link, port).await {
                 drop(permit);
-                bulk::run(*link, port.blobs.clone()).await;
+                let place = port.shared.registry.enter_bulk(peer.endpoint);
+                tokio::select! {
+                    () = bulk::run(*link, port.blobs.clone()) => {}
+                    () = place.cut() => {}
+                }
             }
         }
         Greeted::Enroll(mut link) => {
