@@ -18,12 +18,15 @@ fn a_revoked_agent_is_cut_off_at_once_and_never_let_in_again() {
     // The control: this certificate does open a link.
     let mut link = lab.raw(ALPN_BULK, Some(&identity)).expect("the certificate is good");
     assert!(!link.is_closed_within(Duration::from_millis(200)));
-    drop(link);
+    let mut others = lab.raw(ALPN_BULK, Some(&stays.identity())).expect("the certificate is good");
 
     let begin = Instant::now();
     lab.tmctl(["endpoint", "revoke", &stolen.id, "--reason", "disk sold"]).expect(0);
     lab.wait_away(&stolen);
     assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    assert!(link.is_closed_within(Duration::from_secs(2)), "a bulk link is cut, too");
+    assert!(!others.is_closed_within(Duration::from_millis(200)), "nobody else's is");
+    drop(others);
     wait_for("the agent to say why", PATIENCE, || {
         let status = stolen.command(&["status"]);
         status.both().contains("revoked").then_some(())

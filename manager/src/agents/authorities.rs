@@ -200,6 +200,7 @@ pub(crate) async fn cut(
             match store.sessions_without_certificate(manager).await {
                 Ok(endpoints) => {
                     for endpoint in endpoints {
+                        registry.cut_bulk(endpoint);
                         registry.shut_out(endpoint);
                     }
                 }

@@ -121,7 +121,11 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
         Greeted::Bulk(link) => {
             if let Judged::Good(peer) = judge(&link, port).await {
                 drop(permit);
-                bulk::run(*link, peer, port.bulk.clone()).await;
+                let place = port.shared.registry.enter_bulk(peer.endpoint);
+                tokio::select! {
+                    () = bulk::run(*link, peer, port.bulk.clone()) => {}
+                    () = place.cut() => {}
+                }
             }
         }
         Greeted::Enroll(mut link) => {

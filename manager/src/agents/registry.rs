@@ -11,6 +11,7 @@ use tm_protocol::{
     message::{Progress, ToAgent},
 };
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 /// Messages that wait for one agent. Beyond it the dispatcher tries again later.
 const OUTBOX: usize = 64;
@@ -33,6 +34,9 @@ pub(crate) struct Registry {
 struct Inner {
     sessions: HashMap<EndpointId, Handle>,
     seen: HashSet<EndpointId>,
+    /// Bulk links, by endpoint: a number and what ends each.
+    bulk: HashMap<EndpointId, Vec<(u64, CancellationToken)>>,
+    next_bulk: u64,
     /// When a conflict about an identity was last reported. Only enrolled ones get here.
     conflicts: HashMap<EndpointId, Instant>,
     /// The newest of each task, by endpoint: what one says of another's task stays its own.
@@ -58,6 +62,34 @@ pub(crate) enum Command {
     GiveWay,
     /// Its agent was shut out for ever.
     ShutOut,
+}
+
+/// A bulk link's place.
+#[derive(Debug)]
+pub(crate) struct BulkPlace {
+    registry: Registry,
+    endpoint: EndpointId,
+    number: u64,
+    cut: CancellationToken,
+}
+
+impl BulkPlace {
+    /// Returns when the link is to end.
+    pub(crate) async fn cut(&self) {
+        self.cut.cancelled().await;
+    }
+}
+
+impl Drop for BulkPlace {
+    fn drop(&mut self) {
+        let mut inner = self.registry.lock();
+        if let Some(links) = inner.bulk.get_mut(&self.endpoint) {
+            links.retain(|(number, _)| *number != self.number);
+            if links.is_empty() {
+                inner.bulk.remove(&self.endpoint);
+            }
+        }
+    }
 }
 
 impl Registry {
@@ -125,6 +157,24 @@ impl Registry {
                 place.insert(now);
                 true
             }
+        }
+    }
+
+    /// Enters a bulk link. It is taken out when the place is dropped.
+    pub(crate) fn enter_bulk(&self, endpoint: EndpointId) -> BulkPlace {
+        let cut = CancellationToken::new();
+        let mut inner = self.lock();
+        let number = inner.next_bulk;
+        inner.next_bulk = number.wrapping_add(1);
+        inner.bulk.entry(endpoint).or_default().push((number, cut.clone()));
+        drop(inner);
+        BulkPlace { registry: self.clone(), endpoint, number, cut }
+    }
+
+    /// Ends the bulk links of an endpoint.
+    pub(crate) fn cut_bulk(&self, endpoint: EndpointId) {
+        for (_, cut) in self.lock().bulk.get(&endpoint).into_iter().flatten() {
+            cut.cancel();
         }
     }
 

@@ -35,6 +35,9 @@ const PASS: Duration = Duration::from_secs(5);
 const LONGEST_REST: Duration = Duration::from_millis(500);
 /// How often progress is written down.
 const PROGRESS: Duration = Duration::from_secs(1);
+/// For how long after a revocation bulk links of the endpoint are looked for: longer than one may take between the look
+/// at its certificate and its place in the registry.
+const LATELY_MS: i64 = 60_000;
 /// Tasks handed to one endpoint in one pass: fewer than a session's outbox takes.
 const MOST: usize = 32;
 /// Tasks marked as sent in one transaction.
@@ -64,6 +67,9 @@ pub(crate) async fn run(store: Store, registry: Registry, nudge: Arc<Notify>, en
 /// Ends the sessions of those who were revoked. Whoever revoked them, here or at another manager, wrote it into the
 /// store; a session that was being opened meanwhile is found by the next round.
 async fn shut_out(store: &Store, registry: &Registry, manager: ManagerId) -> Result<(), StoreError> {
+    for endpoint in store.revoked_since(now_ms().saturating_sub(LATELY_MS)).await? {
+        registry.cut_bulk(endpoint);
+    }
     for endpoint in store.revoked_sessions(manager).await? {
         if registry.shut_out(endpoint) {
             tracing::info!(%endpoint, "A revoked agent is sent away.");

@@ -184,6 +184,24 @@ impl Store {
             .collect()
     }
 
+    /// Endpoints that were revoked at or after `since_ms`.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub(crate) async fn revoked_since(&self, since_ms: i64) -> Result<Vec<EndpointId>, StoreError> {
+        let rows = sqlx::query("SELECT id FROM endpoint WHERE revoked_ms >= $1")
+            .bind(since_ms)
+            .fetch_all(self.reader())
+            .await
+            .map_err(StoreError::query("look for revoked endpoints"))?;
+        rows.iter()
+            .map(|row| {
+                let id: String = row.get(0);
+                id.parse().map_err(|_| StoreError::content("endpoint id", id))
+            })
+            .collect()
+    }
+
     /// Removes a revoked endpoint and what is known about it.
     ///
     /// # Errors
@@ -254,6 +272,8 @@ mod tests {
         }
         assert_eq!(store.certificate_status(stays, "bb").await.unwrap(), CertificateStatus::Fresh);
         // `put` gives sessions to a manager that is none: the text `m`.
+        assert_eq!(store.revoked_since(5).await.unwrap(), [out]);
+        assert_eq!(store.revoked_since(6).await.unwrap(), []);
         let nobody = ManagerId::new(Uuid::from_u128(7));
         assert_eq!(store.revoked_sessions(nobody).await.unwrap(), []);
         let mut tx = store.begin().await.unwrap();

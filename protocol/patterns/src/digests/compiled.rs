@@ -66,7 +66,9 @@ impl<B: AsRef<[u8]>> Compiled<B> {
             })
         };
         let index = with_size(size).or_else(|| with_size(ANY_SIZE))?;
-        Some(Hit { name: self.name_of(table, index).unwrap_or_default() })
+        // A copy: whoever owns a list that is used where it lies could change it between the check and the use.
+        let name = self.name_number(table, index).and_then(|number| self.name_bytes(number));
+        Some(Hit { name: name.and_then(|name| String::from_utf8(name.to_vec()).ok()).unwrap_or_default() })
     }
 
     /// Looks at every entry: order, sizes, names, filters, and the digest at the end. Takes time in proportion to
@@ -180,12 +182,20 @@ impl<B: AsRef<[u8]>> Compiled<B> {
         table.sizes_at.map_or(Some(ANY_SIZE), |at| self.long(at, index))
     }
 
-    fn name_of(&self, table: &Table, index: usize) -> Option<String> {
-        let number = usize::try_from(self.word(table.names_at?, index)?).ok()?;
-        self.name(number.checked_sub(1)?)
+    /// Which name an entry has.
+    fn name_number(&self, table: &Table, index: usize) -> Option<usize> {
+        usize::try_from(self.word(table.names_at?, index)?).ok()?.checked_sub(1)
     }
 
-    fn name(&self, index: usize) -> Option<String> {
+    fn name_of(&self, table: &Table, index: usize) -> Option<&str> {
+        self.name(self.name_number(table, index)?)
+    }
+
+    fn name(&self, index: usize) -> Option<&str> {
+        std::str::from_utf8(self.name_bytes(index)?).ok()
+    }
+
+    fn name_bytes(&self, index: usize) -> Option<&[u8]> {
         let ends = self.layout.name_ends_at;
         let begin = match index.checked_sub(1).filter(|_| index < self.layout.names) {
             Some(previous) => self.word(ends, previous)?,
@@ -193,9 +203,7 @@ impl<B: AsRef<[u8]>> Compiled<B> {
         };
         let end = self.word(ends, index).filter(|_| index < self.layout.names)?;
         let (begin, end) = (usize::try_from(begin).ok()?, usize::try_from(end).ok()?);
-        let text = self.part(self.layout.text_at, self.layout.text)?;
-        // A copy: whoever owns a list that is used where it lies could change it between the check and the use.
-        String::from_utf8(text.get(begin..end)?.to_vec()).ok()
+        self.part(self.layout.text_at, self.layout.text)?.get(begin..end)
     }
 }
 
