@@ -177,7 +177,9 @@ fn own_files(data: &Path) -> Result<Vec<String>, BackupError> {
         for entry in entries {
             let entry = entry.map_err(failed)?;
             let kind = entry.file_type().map_err(failed)?;
-            let Some(name) = entry.file_name().to_str().map(|name| format!("{folder}/{name}")) else { continue };
+            let Some(name) = entry.file_name().to_str().map(|name| format!("{folder}/{name}")) else {
+                continue;
+            };
             if kind.is_file() {
                 names.push(name);
             } else if kind.is_dir() && FOLDERS.contains(&folder.as_str()) {

@@ -195,12 +195,15 @@ fn init(mut new: New, join: Option<&Path>) -> anyhow::Result<()> {
             write_secret(&data.join("admin.toml"), &profile)?;
         }
         Some(from) => {
-            let existing = Authorities::load(from, DEFAULT_LIFE).context("there is no authority to join with")?;
+            let existing =
+                Authorities::load(from, DEFAULT_LIFE).context("there is no authority to join with")?;
             let fleet = existing.fleet();
             joinable(&url, fleet)?;
-            authorities::join(&data.join("ca"), from).context("cannot take the certificate authority over")?;
+            authorities::join(&data.join("ca"), from)
+                .context("cannot take the certificate authority over")?;
             // It lies beside `ca`, and managers of one fleet sign as one.
-            if let Some(keys) = from.parent().map(|folder| folder.join("trust")).filter(|keys| keys.is_dir()) {
+            if let Some(keys) = from.parent().map(|folder| folder.join("trust")).filter(|keys| keys.is_dir())
+            {
                 OnlineKeys::join(&data.join("trust"), &keys)?;
             }
         }

@@ -42,7 +42,7 @@ fn a_thousand_agents_outlive_a_killed_manager_and_every_outcome_is_there_once() 
     // One half is done at once; the others say so only when the manager has been dead.
     let start = |at: SocketAddr, number: u64, persona| {
         let script = if number.is_multiple_of(2) { sim_agent::done_at_once() } else { sim_agent::begun() };
-        SimAgent::start_in(&fleet, persona, at, script)
+        SimAgent::start_in(&fleet, persona, vec![at], script)
     };
     let agents: Vec<SimAgent> =
         known.into_iter().map(|(number, persona)| start(at, number, persona)).collect();

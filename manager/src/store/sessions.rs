@@ -321,8 +321,10 @@ mod tests {
         // The end of an older session comes late.
         let passages = [come(a), come(a), go(a, 1), come(stranger), come(b), go(b, 1), go(stranger, 1)];
         let passed = store.pass(&passages, 5).await.unwrap();
-        let epochs: Vec<Option<i64>> =
-            passed.iter().map(|p| p.as_ref().ok().and_then(|opened| opened.as_ref().map(|o| o.epoch))).collect();
+        let epochs: Vec<Option<i64>> = passed
+            .iter()
+            .map(|p| p.as_ref().ok().and_then(|opened| opened.as_ref().map(|o| o.epoch)))
+            .collect();
         assert_eq!(epochs, [Some(1), Some(2), None, None, Some(1), None, None]);
         assert!(passed[3].is_err(), "nobody who is not known is let in");
         let held = sqlx::query("SELECT id FROM endpoint WHERE manager_id IS NOT NULL")

@@ -79,7 +79,8 @@ pub(crate) async fn pattern(
         Ok(Err(NotFetched::Failed(why))) => Err(failed(why)),
         Ok(Err(NotFetched::Altered(error))) => {
             let name = &wanted.name;
-            let message = format!("the manager's bytes of pattern `{name}` are not those that were signed: {error}");
+            let message =
+                format!("the manager's bytes of pattern `{name}` are not those that were signed: {error}");
             Err(Failure::new("pattern-altered", message))
         }
         Err(_) => Err(failed(format!("not complete after {} s", TRANSFER.as_secs()))),
