@@ -10,6 +10,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    io,
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
     sync::{
@@ -231,7 +232,11 @@ fn load(
     setup: &Setup,
     names: &[String],
 ) -> Result<(Worker, Vec<PartState>), StartError> {
-    let worker = Worker::start(program, setup).map_err(StartError::Start)?;
+    let worker = Worker::start(program, setup).map_err(|error| match error.kind() {
+        // It had died before it was told what to do.
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => StartError::Load(DIED),
+        _ => StartError::Start(error),
+    })?;
     let error = match worker.answers.recv_timeout(COMPILE_TIME) {
         Ok(Answer::Ready { sandbox, .. }) => return Ok((worker, sandbox)),
         Ok(Answer::Refused { pattern, problems }) => StartError::Refused {

@@ -81,11 +81,20 @@ impl Worker {
         frame.address_bytes =
             frame.address_bytes.saturating_add(u64::try_from(list_bytes).unwrap_or(u64::MAX));
         let order = Order::Setup(frame, lists.len());
-        worker.send(&order, &[setup_file.as_fd(), worker.slots.0.as_fd()])?;
-        for some in lists.chunks(BATCH) {
-            worker.send(&Order::Lists, &some.iter().map(|list| list.as_fd()).collect::<Vec<_>>())?;
+        let sent = worker.send(&order, &[setup_file.as_fd(), worker.slots.0.as_fd()]).and_then(|()| {
+            let sends = |some: &[&tm_patterns::digests::Image]| {
+                worker.send(&Order::Lists, &some.iter().map(|list| list.as_fd()).collect::<Vec<_>>())
+            };
+            lists.chunks(BATCH).try_for_each(sends)
+        });
+        match sent {
+            Ok(()) => Ok(worker),
+            Err(error) => {
+                // Not left behind as a zombie.
+                worker.kill();
+                Err(error)
+            }
         }
-        Ok(worker)
     }
 
     /// Sends one order with the files beside it (at most [`BATCH`]).

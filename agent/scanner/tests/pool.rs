@@ -340,6 +340,26 @@ fn a_worker_that_never_starts_is_an_error_and_not_a_wait() {
 }
 
 #[test]
+fn a_worker_that_ends_before_it_is_told_anything_is_replaced_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let real = tagged("replaced");
+    let script = format!(
+        "/bin/mkdir {}/once 2>/dev/null && exit 1; exec {} {}",
+        folder.path().display(),
+        real.path.display(),
+        real.args.join(" ")
+    );
+    let program = WorkerProgram { path: "/bin/sh".into(), args: vec!["-c".to_owned(), script] };
+    for _ in 0..20 {
+        let options = PoolOptions { threads: 1, limits: ScanLimits::default(), nice: 0 };
+        let (pool, results) = ScanPool::start(&program, &[pattern(MARKER)], options).unwrap();
+        pool.finish();
+        assert_eq!(results.iter().count(), 0);
+        std::fs::remove_dir(folder.path().join("once")).unwrap();
+    }
+}
+
+#[test]
 fn a_cancelled_pool_ends_at_once() {
     let options = PoolOptions { threads: 1, limits: ScanLimits::default(), nice: 0 };
     let (pool, results) = ScanPool::start(&tagged("cancelled"), &[pattern(ENDLESS)], options).unwrap();
