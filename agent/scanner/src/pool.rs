@@ -232,10 +232,10 @@ fn load(
     setup: &Setup,
     names: &[String],
 ) -> Result<(Worker, Vec<PartState>), StartError> {
-    let worker = Worker::start(program, setup).map_err(|error| match error.kind() {
+    let worker = Worker::start(program, setup).map_err(|error| {
         // It had died before it was told what to do.
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => StartError::Load(DIED),
-        _ => StartError::Start(error),
+        let is_dead = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+        if is_dead { StartError::Load(DIED) } else { StartError::Start(error) }
     })?;
     let error = match worker.answers.recv_timeout(COMPILE_TIME) {
         Ok(Answer::Ready { sandbox, .. }) => return Ok((worker, sandbox)),

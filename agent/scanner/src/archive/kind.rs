@@ -196,9 +196,11 @@ fn embedded(bytes: &[u8]) -> Option<Found> {
     first.into_iter().zip(CARRIED).find_map(|(at, (_, kind, _))| Some(Found { kind, at: at? }))
 }
 
-/// What [`embedded`] looks for in programs: how it begins, and whether its header is right. If there are several, the
-/// first one here counts.
-const CARRIED: [(&[u8], Kind, fn(&[u8]) -> bool); 3] = [
+/// How a container begins, and whether its header is right.
+type Carried = (&'static [u8], Kind, fn(&[u8]) -> bool);
+
+/// What [`embedded`] looks for in programs. If there are several, the first one here counts.
+const CARRIED: [Carried; 3] = [
     (b"7z\xbc\xaf\x27\x1c", Kind::SevenZip, is_sevenz),
     (b"MSCF\0\0\0\0", Kind::Cab, is_cab),
     (b"Rar!\x1a\x07", Kind::Other, is_rar),
