@@ -22,16 +22,23 @@ struct Thief<'l> {
 impl<'l> Thief<'l> {
     fn new(lab: &'l Lab) -> Self {
         let key = |name: &str| {
-            let text = fs::read_to_string(lab.manager_data().join("trust").join(name)).unwrap();
-            SigningKey::from_text(&text, None).unwrap()
+            let text = fs::read_to_string(lab.manager_data().join("trust").join(name))
+                .expect("the lab is as a manager and a desk leave it");
+            SigningKey::from_text(&text, None).expect("the lab is as a manager and a desk leave it")
         };
-        let own = SigningKey::generate().unwrap();
+        let own = SigningKey::generate().expect("the lab is as a manager and a desk leave it");
         Self { lab, snapshot: key("snapshot.key"), timestamp: key("timestamp.key"), own }
     }
 
     fn sql(&self, sql: &str) -> String {
-        let store = fs::read_dir(self.lab.manager_data()).unwrap().flatten().map(|entry| entry.path());
-        let store = store.into_iter().find(|path| path.extension().is_some_and(|ext| ext == "db")).unwrap();
+        let store = fs::read_dir(self.lab.manager_data())
+            .expect("the lab is as a manager and a desk leave it")
+            .flatten()
+            .map(|entry| entry.path());
+        let store = store
+            .into_iter()
+            .find(|path| path.extension().is_some_and(|ext| ext == "db"))
+            .expect("the lab is as a manager and a desk leave it");
         let output = Command::new("sqlite3")
             .args(["-cmd", ".timeout 5000"])
             .arg(store)
@@ -39,30 +46,37 @@ impl<'l> Thief<'l> {
             .output()
             .expect("sqlite3 is installed");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
+        String::from_utf8(output.stdout).expect("the lab is as a manager and a desk leave it")
     }
 
     fn bundle(&self) -> Bundle {
-        Bundle::parse(self.sql("SELECT bundle FROM trust").trim_end().as_bytes()).unwrap()
+        Bundle::parse(self.sql("SELECT bundle FROM trust").trim_end().as_bytes())
+            .expect("the lab is as a manager and a desk leave it")
     }
 
     /// Puts metadata in the store, under the feet of the running manager.
     fn put(&self, bundle: &Bundle) {
-        let text = String::from_utf8(bundle.to_bytes()).unwrap().replace('\'', "''");
+        let text = String::from_utf8(bundle.to_bytes())
+            .expect("the lab is as a manager and a desk leave it")
+            .replace('\'', "''");
         self.sql(&format!("UPDATE trust SET generation = generation + 1, bundle = '{text}'"));
     }
 
     /// Signs anew what the manager signs, above everything that was seen.
     fn seal(&self, bundle: &mut Bundle, good_for: SignedDuration) {
-        let version = u64::try_from(Timestamp::now().as_second()).unwrap() + 1000;
+        let version = u64::try_from(Timestamp::now().as_second())
+            .expect("the lab is as a manager and a desk leave it")
+            + 1000;
         let expires = Timestamp::now() + good_for;
-        trust::online(bundle, version, expires, (&self.snapshot, &self.timestamp)).unwrap();
+        trust::online(bundle, version, expires, (&self.snapshot, &self.timestamp))
+            .expect("the lab is as a manager and a desk leave it");
     }
 
     /// Puts a rule where the manager keeps patterns, as if it had been published.
     fn plant(&self, name: &str, rule: &str) -> Sha256 {
         let sha256 = Sha256::of(rule.as_bytes());
-        fs::write(self.lab.manager_data().join("patterns").join(sha256.to_string()), rule).unwrap();
+        fs::write(self.lab.manager_data().join("patterns").join(sha256.to_string()), rule)
+            .expect("the lab is as a manager and a desk leave it");
         self.sql(&format!(
             "INSERT INTO pattern (sha256, name, kind, size, rules, warnings, imported_by, imported_ms,
                  import_number, published_ms)
@@ -75,10 +89,19 @@ impl<'l> Thief<'l> {
     /// A list of the role `detect` that names the rule, signed with keys that a thief has.
     fn list(&self, sha256: Sha256, size: usize, keys: &[&SigningKey]) -> String {
         let about = About { name: "evil".into(), kind: Delegate::Detect.kind(), endpoints: None };
-        let entry = Entry { sha256, size: u64::try_from(size).unwrap(), about };
+        let entry = Entry {
+            sha256,
+            size: u64::try_from(size).expect("the lab is as a manager and a desk leave it"),
+            about,
+        };
         let until = Timestamp::now() + SignedDuration::from_hours(1000);
-        let mut file = trust::unsigned(trust::role(Delegate::Detect, 900, &[entry], until).unwrap());
-        keys.iter().for_each(|key| trust::sign(&mut file, key).unwrap());
+        let mut file = trust::unsigned(
+            trust::role(Delegate::Detect, 900, &[entry], until)
+                .expect("the lab is as a manager and a desk leave it"),
+        );
+        keys.iter().for_each(|key| {
+            trust::sign(&mut file, key).expect("the lab is as a manager and a desk leave it")
+        });
         trust::text(&file)
     }
 }
@@ -91,7 +114,12 @@ fn in_good_time() -> SignedDuration {
 fn scan(lab: &Lab, agent: &Agent, folder: &std::path::Path, pattern: &str) -> (i32, Option<String>) {
     let output = lab.scan_with(agent, folder, &["--pattern", pattern, "-o", "json"]);
     let code = output.code();
-    (code, lab.newest_task(agent).unwrap()["code"].as_str().map(str::to_owned))
+    (
+        code,
+        lab.newest_task(agent).expect("the lab is as a manager and a desk leave it")["code"]
+            .as_str()
+            .map(str::to_owned),
+    )
 }
 
 /// The codes of what the agent told unasked.
@@ -106,8 +134,8 @@ fn refused(code: &str) -> (i32, Option<String>) {
 
 fn dirty(lab: &Lab) -> PathBuf {
     let folder = lab.folder("dirty");
-    fs::write(folder.join("a.com"), samples::eicar()).unwrap();
-    fs::write(folder.join("good.txt"), "a good file").unwrap();
+    fs::write(folder.join("a.com"), samples::eicar()).expect("the lab is as a manager and a desk leave it");
+    fs::write(folder.join("good.txt"), "a good file").expect("the lab is as a manager and a desk leave it");
     folder
 }
 
