@@ -466,3 +466,47 @@ impl Lines {
         hex::encode(self.hasher.clone().finalize())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_names_keys_of_every_authority_and_no_path_out_of_its_folders() {
+        for good in ["ca/key.der", "ca/authorities.json", "ca/0a1b2c/key.der", "trust/snapshot.key"] {
+            assert!(is_in_folders(good), "{good}");
+        }
+        for bad in [
+            "ca",
+            "ca/",
+            "/ca/key.der",
+            "ca//key.der",
+            "ca/..",
+            "ca/../x",
+            "ca/a/../x",
+            "ca/a/b/c",
+            "ca/.hidden",
+            "ca/a\0b",
+            "patterns/x",
+            "admin.toml",
+            "",
+            "ca\\key.der",
+            "trust/../ca/key.der",
+        ] {
+            assert!(!is_in_folders(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn folders_of_further_authorities_are_copied() {
+        let data = tempfile::tempdir().unwrap();
+        let put = |name: &str| {
+            let path = data.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, b"x").unwrap();
+        };
+        let names = ["ca/0a1b/key.der", "ca/ids.json", "trust/snapshot.key", "manager.toml"];
+        names.iter().for_each(|name| put(name));
+        assert_eq!(own_files(data.path()).unwrap(), names);
+    }
+}

@@ -67,7 +67,7 @@ impl Store {
         actor: &str,
         now_ms: i64,
     ) -> Result<Published, StoreError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_audited().await?;
         let query = match new.from {
             None => sqlx::query(
                 "INSERT INTO trust (id, generation, bundle) VALUES (1, 1, $1) ON CONFLICT (id) DO NOTHING",
