@@ -320,10 +320,9 @@ impl Supervisor {
             match self.turn(&worker) {
                 Turn::GoOn => {}
                 Turn::End => {
-                    worker.close();
                     let idle = self.out.is_empty() && !self.shared.cancelled.load(Ordering::Acquire);
-                    let cpu = if idle { worker.reap() } else { worker.kill().cpu_ms };
-                    return self.past(cpu);
+                    let ended = if idle { worker.end() } else { worker.kill() };
+                    return self.past(ended.cpu_ms);
                 }
                 Turn::Replace(lost, reason) => {
                     let in_hand: Vec<u64> = worker.busy().into_iter().map(|(id, _)| id).collect();

@@ -29,7 +29,7 @@ use crate::{
 /// Answers that wait for the parent; a worker that is further ahead waits in its pipe.
 const ANSWERS: usize = 1024;
 
-/// How long a killed worker may take to end.
+/// How long a worker that has nothing to do any more, or was killed, may take to end.
 const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// A running worker.
@@ -125,9 +125,14 @@ impl Worker {
         process_cpu_ms(self.child.id()).unwrap_or(0)
     }
 
-    /// Lets it end by itself once it has answered everything.
-    pub(crate) fn close(&mut self) {
+    /// Lets it end by itself, as it does when nothing more can come; one that does not is killed. It has answered
+    /// everything, so nothing but its own CPU time waits for it.
+    pub(crate) fn end(mut self) -> Ended {
         self.socket = None;
+        if self.ends_within(LAST_CALL) {
+            return Ended { cpu_ms: self.reap(), is_gone: true };
+        }
+        self.kill()
     }
 
     /// Ends it now. One that waits for a file system that does not answer cannot be ended; it is left to a thread
@@ -136,12 +141,8 @@ impl Worker {
         // The process is a child that has not been waited for: the number cannot belong to another one.
         let _ = self.child.kill();
         self.socket = None;
-        let killed = Instant::now();
-        while killed.elapsed() < LAST_CALL {
-            if self.has_ended(WaitIdOptions::NOHANG) {
-                return Ended { cpu_ms: self.reap(), is_gone: true };
-            }
-            thread::sleep(Duration::from_millis(1));
+        if self.ends_within(LAST_CALL) {
+            return Ended { cpu_ms: self.reap(), is_gone: true };
         }
         let cpu_ms = self.cpu_ms();
         // Without a thread it stays a zombie until this process ends.
@@ -149,19 +150,27 @@ impl Worker {
         Ended { cpu_ms, is_gone: false }
     }
 
-    /// Waits for its end (its answers have ended) and returns the CPU time it took, in milliseconds.
-    pub(crate) fn reap(&mut self) -> u64 {
-        self.socket = None;
-        // A zombie still shows its times; once it is waited for they are gone.
-        self.has_ended(WaitIdOptions::empty());
+    fn ends_within(&self, patience: Duration) -> bool {
+        let begun = Instant::now();
+        while !self.has_ended() {
+            if begun.elapsed() >= patience {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        true
+    }
+
+    /// The CPU time, in milliseconds, of one that has ended: a zombie still shows it, until it is waited for.
+    fn reap(&mut self) -> u64 {
         let cpu_ms = self.cpu_ms();
         let _ = self.child.wait();
         cpu_ms
     }
 
-    fn has_ended(&self, options: WaitIdOptions) -> bool {
+    fn has_ended(&self) -> bool {
         let id = rustix::process::Pid::from_child(&self.child);
-        let options = options | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        let options = WaitIdOptions::NOHANG | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
         matches!(rustix::process::waitid(WaitId::Pid(id), options), Ok(Some(_)))
     }
 }

@@ -252,6 +252,22 @@ fn a_worker_that_is_killed_is_replaced_and_every_result_is_right() {
 }
 
 #[test]
+fn a_worker_that_has_answered_everything_and_does_not_end_holds_nothing_up() {
+    let program = tagged("does-not-end");
+    let options = PoolOptions { threads: 2, limits: ScanLimits::default(), nice: 0 };
+    let (pool, results) = ScanPool::start(&program, &[pattern(MARKER)], options).unwrap();
+    pool.submit(Item { id: 1, file: file(b"needle-47").into() });
+    assert_eq!(results.recv().unwrap().findings.matches.len(), 1, "the control: it works");
+    let [(pid, _)] = workers("does-not-end")[..] else { panic!("one worker") };
+    let worker = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(worker, rustix::process::Signal::STOP).unwrap();
+    pool.finish();
+    let ended = results.recv_timeout(Duration::from_secs(20));
+    assert!(matches!(ended, Err(crossbeam_channel::RecvTimeoutError::Disconnected)), "{ended:?}");
+    assert_eq!(workers("does-not-end"), [], "it is gone");
+}
+
+#[test]
 fn an_item_that_ends_two_workers_is_blamed_and_no_other() {
     let mut files: Vec<File> = (0..20).map(|_| file(b"needle-47")).collect();
     files.insert(7, endless_file());
