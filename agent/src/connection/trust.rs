@@ -67,8 +67,10 @@ pub(crate) async fn current(
     now: Timestamp,
 ) -> Judged {
     let _turn = TURN.lock().await;
+    let set = paths.trust().join("set.json");
+    let known = aside(move || fs::read(set).ok().map(|bytes| Sha256::of(&bytes))).await.flatten();
     let fetched = match manager {
-        Some(address) => fetch(address, config).await,
+        Some(address) => fetch(address, config, known).await,
         None => Err("no manager's address is known".to_owned()),
     };
     let paths = paths.clone();
@@ -90,14 +92,21 @@ pub(crate) fn admit(set: &Verified, wanted: &PatternRef, endpoint: EndpointId) -
     }
 }
 
-async fn fetch(address: &Address, config: &Arc<ClientConfig>) -> Result<Vec<u8>, String> {
+/// What the manager has; nothing if that is what is `known`.
+type Fetched = Option<Vec<u8>>;
+
+async fn fetch(
+    address: &Address,
+    config: &Arc<ClientConfig>,
+    known: Option<Sha256>,
+) -> Result<Fetched, String> {
     let most = u64::try_from(MAX_BUNDLE).unwrap_or(u64::MAX);
-    let whole = small(address, config, "/v1/trust", most);
+    let whole = small(address, config, "/v1/trust", most, known);
     let fetched = timeout(TRANSFER, whole).await;
     fetched.map_err(|_| format!("not complete after {} s", TRANSFER.as_secs()))?
 }
 
-fn judge(paths: &Paths, fetched: Result<Vec<u8>, String>, now: Timestamp) -> Judged {
+fn judge(paths: &Paths, fetched: Result<Fetched, String>, now: Timestamp) -> Judged {
     let mut remarks = Vec::new();
     let set = decide(paths, fetched, now, &mut remarks);
     Judged { set, remarks }
@@ -105,7 +114,7 @@ fn judge(paths: &Paths, fetched: Result<Vec<u8>, String>, now: Timestamp) -> Jud
 
 fn decide(
     paths: &Paths,
-    fetched: Result<Vec<u8>, String>,
+    fetched: Result<Fetched, String>,
     now: Timestamp,
     remarks: &mut Vec<Remark>,
 ) -> Result<Verified, Failure> {
@@ -123,9 +132,14 @@ fn decide(
     });
     let start = before.as_ref().map_or(Start::Anchor(anchor), Start::After);
     let bytes = match (fetched, &before) {
-        (Ok(bytes), _) => bytes,
-        // A task that goes on while no manager is in reach goes on with what is known.
-        (Err(_), Some(before)) => return Ok(with_remark(before.clone(), now, remarks)),
+        (Ok(Some(bytes)), _) => bytes,
+        // A task that goes on while no manager is in reach goes on with what is known. That nothing has changed makes
+        // what is known no fresher.
+        (Ok(None) | Err(_), Some(before)) => return Ok(with_remark(before.clone(), now, remarks)),
+        (Ok(None), None) => {
+            let message = "the manager says that nothing has changed, and there is nothing yet".to_owned();
+            return Err(Failure::new("trust-fetch-failed", message));
+        }
         (Err(why), None) => {
             let message = format!("cannot fetch the signed metadata: {why}");
             return Err(Failure::new("trust-fetch-failed", message));
@@ -236,8 +250,8 @@ mod tests {
             online(&mut self.1, version, now() + 336.hours(), (&self.0, &self.0)).unwrap();
         }
 
-        fn bytes(&self) -> Result<Vec<u8>, String> {
-            Ok(self.1.to_bytes())
+        fn bytes(&self) -> Result<Fetched, String> {
+            Ok(Some(self.1.to_bytes()))
         }
     }
 
@@ -278,22 +292,24 @@ mod tests {
         for (bytes, expected) in [
             (old, "trust-rollback"),
             (stranger.bytes(), "trust-bad-signature"),
-            (Ok(b"junk".to_vec()), "trust-malformed"),
+            (Ok(Some(b"junk".to_vec())), "trust-malformed"),
         ] {
             assert_eq!(code(&judge(&paths, bytes, now())), (expected, vec![expected]));
             assert!(in_force(&paths).unwrap().lists(Sha256::of(b"rule b")));
         }
         // Held back, or out of reach, after its end: it is said, and detecting goes on.
         let later = now() + 400.hours();
-        for fetched in [new.clone(), Err("away".to_owned())] {
+        assert_eq!(code(&judge(&paths, Ok(None), now())), ("good", vec![]), "nothing new");
+        for fetched in [new.clone(), Err("away".to_owned()), Ok(None)] {
             assert_eq!(code(&judge(&paths, fetched, later)), ("good", vec!["trust-expired"]));
         }
-        // Damage is said, and does not stop it for ever.
+        // Damage is said, however often nothing has changed, and does not stop it for ever.
         fs::write(paths.trust().join("set.json"), "{").unwrap();
         assert_eq!(
             code(&judge(&paths, Err("away".to_owned()), now())),
             ("trust-fetch-failed", vec!["trust-damaged"])
         );
+        assert_eq!(code(&judge(&paths, Ok(None), now())), ("trust-fetch-failed", vec!["trust-damaged"]));
         assert_eq!(code(&judge(&paths, new, now())), ("good", vec!["trust-damaged"]));
     }
 

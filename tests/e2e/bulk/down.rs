@@ -77,6 +77,13 @@ fn a_pattern_is_served_in_any_part_over_one_link() {
         ] {
             assert_eq!(link.ask(&line, "", &[]).await.unwrap().status, status, "{line}");
         }
+        let metadata = link.ask("GET /v1/trust", "", &[]).await.unwrap();
+        assert_eq!(metadata.status, 200);
+        let unless = |digest: Sha256| format!("If-None-Match: \"{digest}\"\r\n");
+        let same = link.ask("GET /v1/trust", &unless(Sha256::of(&metadata.body)), &[]).await.unwrap();
+        assert_eq!((same.status, same.body.len()), (304, 0));
+        let other = link.ask("GET /v1/trust", &unless(digest), &[]).await.unwrap();
+        assert!(other.status == 200 && other.body == metadata.body);
         assert!(link.ask(&get, "", &[]).await.unwrap().body == bytes, "it was one link for all");
     });
     let stranger = raw::Raw::connect(lab.agent_port, b"http/1.1", None);

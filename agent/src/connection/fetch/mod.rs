@@ -96,15 +96,20 @@ pub(super) async fn small(
     config: &Arc<ClientConfig>,
     path: &str,
     most: u64,
-) -> Result<Vec<u8>, String> {
+    known: Option<Sha256>,
+) -> Result<Option<Vec<u8>>, String> {
     let mut client = Client::new(address, config);
-    let head = client.get(path, "").await?;
+    let unless = known.map(|known| format!("If-None-Match: \"{known}\"\r\n")).unwrap_or_default();
+    let head = client.get(path, &unless).await?;
+    if head.status == 304 && known.is_some() {
+        return Ok(None);
+    }
     if head.status != 200 {
         return Err(format!("the manager answers {}", head.status));
     }
     let length = head.length.filter(|length| *length <= most).ok_or("its length is not one that can be")?;
     let bytes = client.rest(&head, most).await;
-    if wide(bytes.len()) == length { Ok(bytes) } else { Err("the answer breaks off".to_owned()) }
+    if wide(bytes.len()) == length { Ok(Some(bytes)) } else { Err("the answer breaks off".to_owned()) }
 }
 
 /// Why a pattern was not fetched.

@@ -5,7 +5,7 @@
 //! | `GET`, `HEAD /v1/patterns/SHA256` | the bytes; `Range` and `If-Range` as in RFC 9110, the `ETag` is the digest |
 //! | `GET /v1/patterns/SHA256/deltas?from=SHA256,…` | of those that the agent has, the one to begin with, and digest and length of the delta: one line; 404 if there is none worth it |
 //! | `GET`, `HEAD /v1/deltas/SHA256` | a delta's bytes, as a pattern's |
-//! | `GET /v1/trust` | the signed metadata in force, which say what patterns are the fleet's; 404 if there are none |
+//! | `GET /v1/trust` | the signed metadata in force, which say what patterns are the fleet's; 304 if their digest stands in `If-None-Match`, 404 if there are none |
 //! | `/v1/uploads…` | see [`intake`] |
 //!
 //! Whoever is told 503 comes again after the seconds in `Retry-After`, or somewhat later.
@@ -38,7 +38,8 @@ use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
     header::{
-        ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderValue, IF_RANGE, RANGE, RETRY_AFTER,
+        ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderValue, IF_NONE_MATCH, IF_RANGE,
+        RANGE, RETRY_AFTER,
     },
     server::conn::http1,
     service::service_fn,
@@ -51,6 +52,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::files::PIECE;
 use self::{
     deltas::Deltas,
     files::Files,
@@ -214,7 +216,7 @@ impl Inner {
                 Ok(_) => method("GET, HEAD"),
                 Err(_) => status_only(StatusCode::NOT_FOUND),
             },
-            [Some("trust"), None, None, None] if reads => self.trust().await,
+            [Some("trust"), None, None, None] if reads => self.trust(&request).await,
             [Some("uploads"), id, None, None] => {
                 intake::answer(self, request, id, peer.endpoint, &moved).await
             }
@@ -294,10 +296,14 @@ impl Inner {
         answer
     }
 
-    /// The signed metadata in force, as they are stored.
-    async fn trust(&self) -> Answer {
+    /// The signed metadata in force, as they are stored, unless the agent has just these.
+    async fn trust(&self, request: &Request<Incoming>) -> Answer {
         match self.store.trust().await {
             Ok(Some(row)) => {
+                let known = request.headers().get(IF_NONE_MATCH).map(HeaderValue::as_bytes);
+                if known == Some(format!("\"{}\"", Sha256::of(row.bundle.as_bytes())).as_bytes()) {
+                    return status_only(StatusCode::NOT_MODIFIED);
+                }
                 let body = Full::new(Bytes::from(row.bundle)).map_err(|never| match never {});
                 Response::new(body.boxed_unsync())
             }
