@@ -256,6 +256,25 @@ fn one_changed_byte_and_a_pattern_for_others_are_refused() {
 }
 
 #[test]
+fn a_pattern_is_tried_on_the_desk_before_anything_is_sent() {
+    let mut lab = Lab::start();
+    let (bad, good) = (lab.path("bad.yar"), lab.path("good.yar"));
+    fs::write(&bad, "rule bad {\n  condition: nothing\n}").unwrap();
+    fs::write(&good, OTHER).unwrap();
+    lab.stop_manager();
+    let output = lab.tmctl(["pattern", "import", bad.to_str().unwrap()]).expect(3);
+    assert!(output.err().contains("does not compile") && output.err().contains(":2:"), "{}", output.err());
+    let draft = lab.path("draft.json");
+    let args = ["pattern", "draft", bad.to_str().unwrap(), "--out", draft.to_str().unwrap()];
+    let output = lab.tmctl(args).expect(3);
+    assert!(output.err().contains(":2:"), "{}", output.err());
+    assert!(!draft.exists());
+    // The control: what is good gets as far as the manager, who is away.
+    let output = lab.tmctl(["pattern", "import", good.to_str().unwrap()]);
+    assert!(output.code() != 3 && !output.err().contains("compile"), "{}", output.err());
+}
+
+#[test]
 fn a_stolen_manager_removes_no_file_that_no_signed_pattern_detected() {
     let lab = Lab::start();
     let agent = lab.agent();

@@ -33,6 +33,9 @@ use crate::{
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::ScanWorker = cli.command {
+        return tm_scanner::worker::main();
+    }
     let done = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -58,6 +61,8 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Ok(Desk::open(folder, cli.passphrase_file.as_deref())?)
     };
     match cli.command {
+        // `main` does that without a runtime.
+        Command::ScanWorker => Ok(Exit::Done),
         Command::Status => cmds::status::run(&client()?, &out).await,
         Command::Why { target } => cmds::why::run(&target, &client()?, &out).await,
         Command::Endpoint(command) => cmds::endpoint::run(command, &client()?, &out).await,

@@ -115,6 +115,8 @@ pub(crate) struct Cli {
 /// The nouns.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    #[command(hide = true)]
+    ScanWorker,
     /// Show what waits for somebody, and the command for it
     #[command(
         long_about = "Show the overview: how many endpoints need what, and the next command for each.\n\n\

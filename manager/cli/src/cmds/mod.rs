@@ -23,6 +23,7 @@ pub(crate) mod status;
 pub(crate) mod task;
 pub(crate) mod token;
 mod treatment;
+mod trial;
 mod trust;
 pub(crate) mod vault;
 pub(crate) mod version;

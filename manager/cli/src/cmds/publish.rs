@@ -47,11 +47,12 @@ pub(crate) async fn import(
     desk: &Desk,
     out: &Output,
 ) -> Result<PatternView, Failure> {
-    let set = current(client, desk).await?;
     let role = what.role;
     // Before anything is sent: without a key nothing can come of it.
     desk.some_keys(Seat::Role(role))?;
-    let (sent, entry) = upload(&what, client, out).await?;
+    let prepared = prepare(&what, out).await?;
+    let set = current(client, desk).await?;
+    let (sent, entry) = upload(&what, prepared, client, out).await?;
     let listed = trust::entries(role, &set.role(role).signed).map_err(metadata)?;
     if !listed.contains(&entry) {
         let mut file = next(&set, role, Some(entry))?;
@@ -74,8 +75,9 @@ pub(crate) async fn draft(
     desk: &Desk,
     out: &Output,
 ) -> Result<PatternView, Failure> {
+    let prepared = prepare(&what, out).await?;
     let set = current(client, desk).await?;
-    let (sent, entry) = upload(&what, client, out).await?;
+    let (sent, entry) = upload(&what, prepared, client, out).await?;
     let file = next(&set, what.role, Some(entry))?;
     write(path, what.role, &file)?;
     say("a draft: sign it (tmctl pattern sign), then publish it (tmctl pattern publish)\n");
@@ -141,12 +143,16 @@ fn metadata(source: TrustError) -> Failure {
     DeskError::Metadata { what: "the metadata", source }.into()
 }
 
-/// Sends the pattern's bytes; what the manager made of them, and what is to be signed.
-async fn upload(
-    what: &ImportPattern,
-    client: &Client,
-    out: &Output,
-) -> Result<(PatternView, Entry), Failure> {
+/// A pattern as this machine has it.
+struct Prepared {
+    name: String,
+    bytes: Vec<u8>,
+    /// Digest and size of what is signed; or why it is no pattern.
+    ours: Result<(Sha256, u64), ReadError>,
+}
+
+/// Reads the pattern and tries it on this machine.
+async fn prepare(what: &ImportPattern, out: &Output) -> Result<Prepared, Failure> {
     let name = match &what.name {
         Some(name) => name.clone(),
         None => what
@@ -159,22 +165,30 @@ async fn upload(
             .to_owned(),
     };
     let bytes = super::pattern::read(&what.file)?;
-    // What is no pattern here is for the manager to say why, in the words that it has for it.
-    let ours = Pattern::read(name.clone(), bytes.as_slice()).map(|imported| {
-        let reference = imported.pattern.reference();
-        (reference.sha256, reference.size)
-    });
-    let query = ImportQuery { name: name.clone(), force: what.force };
-    let sent: PatternView = match client.upload(&["patterns"], &query, bytes).await {
-        Ok(sent) => sent,
-        Err(source) => {
-            // Programs that read the rules and their places want them where they want the rest.
-            if let (true, ClientError::Refused(view)) = (out.format() == Format::Json, &source) {
-                out.json(view)?;
-            }
-            return Err(Failure::Import { file: what.file.clone(), source });
+    let ours = match Pattern::read(name.clone(), bytes.as_slice()) {
+        Ok(imported) => {
+            let reference = imported.pattern.reference();
+            let tried = super::trial::of(imported.pattern, what.force).await;
+            tried.map_err(|view| refused(what, ClientError::Refused(Box::new(view)), out))?;
+            Ok((reference.sha256, reference.size))
         }
+        // What is no pattern here is for the manager to say why, in the words that it has for it.
+        Err(error) => Err(error),
     };
+    Ok(Prepared { name, bytes, ours })
+}
+
+/// Sends the pattern's bytes; what the manager made of them, and what is to be signed.
+async fn upload(
+    what: &ImportPattern,
+    prepared: Prepared,
+    client: &Client,
+    out: &Output,
+) -> Result<(PatternView, Entry), Failure> {
+    let Prepared { name, bytes, ours } = prepared;
+    let query = ImportQuery { name: name.clone(), force: what.force };
+    let sent: PatternView =
+        client.upload(&["patterns"], &query, bytes).await.map_err(|source| refused(what, source, out))?;
     let (sha256, size) = ours.map_err(|error| other_bytes(&error, &sent))?;
     if sha256.to_string() != sent.sha256 {
         return Err(DeskError::OtherBytes { ours: sha256, theirs: sent.sha256 }.into());
@@ -182,6 +196,16 @@ async fn upload(
     let endpoints = (!what.endpoint.is_empty()).then(|| what.endpoint.clone());
     let about = About { name, kind: what.role.kind(), endpoints };
     Ok((sent, Entry { sha256, size, about }))
+}
+
+fn refused(what: &ImportPattern, source: ClientError, out: &Output) -> Failure {
+    // Programs that read the rules and their places want them where they want the rest.
+    if let (true, ClientError::Refused(view)) = (out.format() == Format::Json, &source)
+        && let Err(failure) = out.json(view)
+    {
+        return failure.into();
+    }
+    Failure::Import { file: what.file.clone(), source }
 }
 
 fn other_bytes(_: &ReadError, sent: &PatternView) -> Failure {
