@@ -17,7 +17,7 @@ use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use super::{
     LinkError, bulk,
     enrollment::{self, Guard},
-    now_ms, renewal,
+    renewal,
     session::{self, Shared},
     tls::{Peer, Ports, peer},
 };
@@ -118,9 +118,10 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             // The end is said properly, so that the agent sees it at once.
             let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
         }
-        Greeted::Bulk(link) => {
+        Greeted::Bulk(mut link) => {
             if let Judged::Good(peer) = judge(&link, port).await {
                 drop(permit);
+                link.get_mut().1.set_buffer_limit(Some(bulk::PIECE));
                 let place = port.shared.registry.enter_bulk(peer.endpoint);
                 tokio::select! {
                     () = bulk::run(*link, peer, port.bulk.clone()) => {}
@@ -190,11 +191,11 @@ async fn judge(link: &TlsStream<TcpStream>, port: &Port) -> Judged {
     else {
         return Judged::Bad;
     };
-    match port.shared.store.certificate_status(peer.endpoint, &peer.serial).await {
+    match port.shared.lookups.status(&peer).await {
         Ok(CertificateStatus::Enrolled) => Judged::Good(peer),
         Ok(CertificateStatus::Fresh) => {
             // From here on the older ones are good for nothing, also in the hands of whoever copied them.
-            match port.shared.store.certificate_used(peer.endpoint, &peer.serial, now_ms()).await {
+            match port.shared.lookups.used(&peer).await {
                 Ok(()) => Judged::Good(peer),
                 Err(error) => {
                     tracing::error!(%error, "Cannot note that a certificate is used.");

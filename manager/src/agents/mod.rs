@@ -10,6 +10,7 @@ pub(crate) mod enrollment;
 pub(crate) mod expiry;
 pub(crate) mod intake;
 pub(crate) mod listener;
+pub(crate) mod lookups;
 pub(crate) mod meter;
 pub(crate) mod peers;
 pub(crate) mod registry;

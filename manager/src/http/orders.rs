@@ -110,7 +110,7 @@ pub(crate) async fn addressed(store: &Store, to: &Targets) -> Result<Vec<(Endpoi
         filters.push(Filter { query: Some(query), ..Filter::default() });
     }
     for filter in filters {
-        let rows = store.endpoints(&filter).await?;
+        let rows = store.addressees(&filter).await?;
         for row in rows.into_iter().filter(|row| row.revoked_ms.is_none()) {
             found.entry(row.id).or_insert((row, false));
         }

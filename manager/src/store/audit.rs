@@ -1,6 +1,6 @@
 //! The audit log: append and read. The chain itself is `tm_protocol::audit`.
 
-use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
+use sqlx::{Row as _, any::AnyRow};
 use tm_protocol::{audit::AuditRecord, ids::Sha256};
 
 use super::{PARTS, Store, StoreError, Tx, parts, rows};
@@ -59,7 +59,7 @@ pub(crate) async fn append_all(tx: &mut Tx, entries: &[Entry<'_>]) -> Result<(),
             "INSERT INTO audit (sequence, at_ms, actor, action, subject, detail, previous, hash) VALUES {}",
             rows(part.len(), 8)
         );
-        let mut query = sqlx::query(AssertSqlSafe(sql));
+        let mut query = sqlx::query(tx.engine.listed(sql));
         for entry in part {
             let mut record = AuditRecord {
                 sequence: sequence + 1,

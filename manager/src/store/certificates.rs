@@ -146,23 +146,38 @@ impl Store {
         serial: &str,
         now_ms: i64,
     ) -> Result<(), StoreError> {
+        self.certificates_used(&[(endpoint, serial.to_owned())], now_ms).await
+    }
+
+    /// The same for many, in one transaction.
+    ///
+    /// # Errors
+    /// If the database refuses; then none is noted.
+    pub(crate) async fn certificates_used(
+        &self,
+        used: &[(EndpointId, String)],
+        now_ms: i64,
+    ) -> Result<(), StoreError> {
         let mut tx = self.begin().await?;
-        sqlx::query("UPDATE certificate SET used_ms = $2 WHERE serial = $1 AND used_ms IS NULL")
-            .bind(serial.to_owned())
+        for (endpoint, serial) in used {
+            sqlx::query("UPDATE certificate SET used_ms = $2 WHERE serial = $1 AND used_ms IS NULL")
+                .bind(serial.as_str())
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await
+                .map_err(StoreError::query("note that a certificate is used"))?;
+            sqlx::query(
+                "UPDATE certificate SET revoked_ms = $3
+                 WHERE endpoint_id = $1 AND serial <> $2 AND revoked_ms IS NULL
+                   AND issued_ms <= (SELECT used.issued_ms FROM certificate used WHERE used.serial = $2)",
+            )
+            .bind(endpoint.to_string())
+            .bind(serial.as_str())
             .bind(now_ms)
             .execute(&mut *tx)
             .await
-            .map_err(StoreError::query("note that a certificate is used"))?;
-        sqlx::query(
-            "UPDATE certificate SET revoked_ms = $3 WHERE endpoint_id = $1 AND serial <> $2 AND revoked_ms IS NULL
-             AND issued_ms <= (SELECT used.issued_ms FROM certificate used WHERE used.serial = $2)",
-        )
-        .bind(endpoint.to_string())
-        .bind(serial.to_owned())
-        .bind(now_ms)
-        .execute(&mut *tx)
-        .await
-        .map_err(StoreError::query("revoke replaced certificates"))?;
+            .map_err(StoreError::query("revoke replaced certificates"))?;
+        }
         Self::commit(tx).await
     }
 

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
+use sqlx::{Row as _, any::AnyRow};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
     report::{Coverage, PathBytes, Verdict},
@@ -111,7 +111,7 @@ pub(super) async fn write(tx: &mut Tx) -> Result<(), StoreError> {
              ON CONFLICT (task_id, path) DO NOTHING",
             rows(part.len(), 5)
         );
-        let mut query = sqlx::query(AssertSqlSafe(sql));
+        let mut query = sqlx::query(tx.engine.listed(sql));
         for covered in part {
             query = query
                 .bind(covered.task.to_string())

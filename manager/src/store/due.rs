@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use sqlx::{AssertSqlSafe, Row as _, any::AnyRow};
+use sqlx::{Row as _, any::AnyRow};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
     task::{TaskKind, TaskSpec, TaskState},
@@ -199,7 +199,7 @@ async fn mark(tx: &mut Tx, tasks: &[LiveTask], now_ms: i64) -> Result<HashSet<Ta
          WHERE id IN {} AND COALESCE(state, '') = 'queued' AND sent_ms IS NULL AND cancel_ms IS NULL RETURNING id",
         places(2, tasks.len())
     );
-    let mut query = sqlx::query(AssertSqlSafe(sql)).bind(now_ms);
+    let mut query = sqlx::query(tx.engine.listed(sql)).bind(now_ms);
     for live in tasks {
         query = query.bind(live.task.to_string());
     }
@@ -217,7 +217,7 @@ async fn orders(tx: &mut Tx, tasks: &[LiveTask]) -> Result<HashMap<TaskId, AnyRo
            AND COALESCE(task.state, '') IN ('queued', 'delivered', 'running')",
         places(1, tasks.len())
     );
-    let mut query = sqlx::query(AssertSqlSafe(sql));
+    let mut query = sqlx::query(tx.engine.listed(sql));
     for live in tasks {
         query = query.bind(live.task.to_string());
     }

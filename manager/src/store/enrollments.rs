@@ -1,13 +1,16 @@
 //! Enrollment and certificates.
 
+use std::collections::HashMap;
+
 use serde_json::json;
 use sqlx::Row as _;
 use tm_protocol::ids::{EndpointId, Sha256};
 
 use super::{
-    Store, StoreError,
+    PARTS, Store, StoreError,
     audit::{Entry, append},
     certificates::{NewCertificate, enter},
+    parts, places,
 };
 
 /// An endpoint that asks to be let in.
@@ -104,23 +107,49 @@ impl Store {
     }
 
     /// How the certificate with this serial stands, if it is this endpoint's.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
     pub(crate) async fn certificate_status(
         &self,
         endpoint: EndpointId,
         serial: &str,
     ) -> Result<CertificateStatus, StoreError> {
-        let row =
-            sqlx::query("SELECT revoked_ms, used_ms FROM certificate WHERE serial = $1 AND endpoint_id = $2")
-                .bind(serial)
-                .bind(endpoint.to_string())
-                .fetch_optional(self.reader())
-                .await
-                .map_err(StoreError::query("look a certificate up"))?;
-        Ok(match row.map(|row| (row.get::<Option<i64>, _>(0), row.get::<Option<i64>, _>(1))) {
-            None => CertificateStatus::Unknown,
-            Some((Some(_), _)) => CertificateStatus::Revoked,
-            Some((None, Some(_))) => CertificateStatus::Enrolled,
-            Some((None, None)) => CertificateStatus::Fresh,
-        })
+        let one = [(endpoint, serial.to_owned())];
+        Ok(self.certificate_statuses(&one).await?.pop().unwrap_or(CertificateStatus::Unknown))
+    }
+
+    /// How certificates with these serials stand, in their order, as far as they are those endpoints'.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub(crate) async fn certificate_statuses(
+        &self,
+        wanted: &[(EndpointId, String)],
+    ) -> Result<Vec<CertificateStatus>, StoreError> {
+        let mut found = HashMap::with_capacity(wanted.len());
+        for part in parts(wanted, PARTS[0]) {
+            let sql = format!(
+                "SELECT endpoint_id, serial, revoked_ms, used_ms FROM certificate WHERE serial IN {}",
+                places(1, part.len())
+            );
+            let mut query = sqlx::query(self.engine.listed(sql));
+            for (_, serial) in part {
+                query = query.bind(serial.as_str());
+            }
+            let rows = query.fetch_all(self.reader()).await;
+            for row in rows.map_err(StoreError::query("look certificates up"))? {
+                let status = match (row.get::<Option<i64>, _>(2), row.get::<Option<i64>, _>(3)) {
+                    (Some(_), _) => CertificateStatus::Revoked,
+                    (None, Some(_)) => CertificateStatus::Enrolled,
+                    (None, None) => CertificateStatus::Fresh,
+                };
+                found.insert((row.get::<String, _>(0), row.get::<String, _>(1)), status);
+            }
+        }
+        let status = |(endpoint, serial): &(EndpointId, String)| {
+            found.get(&(endpoint.to_string(), serial.clone())).copied()
+        };
+        Ok(wanted.iter().map(|one| status(one).unwrap_or(CertificateStatus::Unknown)).collect())
     }
 }

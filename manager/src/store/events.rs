@@ -96,7 +96,7 @@ pub(super) async fn write(tx: &mut Tx) -> Result<(), StoreError> {
                 incident_id) VALUES {}",
             rows(part.len(), 10)
         );
-        let mut query = sqlx::query(AssertSqlSafe(sql));
+        let mut query = sqlx::query(tx.engine.listed(sql));
         for event in part {
             number += 1;
             query = query
@@ -126,7 +126,7 @@ async fn hosts(
     let mut hosts = HashMap::with_capacity(distinct.len());
     for part in parts(&distinct, PARTS[0]) {
         let sql = format!("SELECT id, host FROM endpoint WHERE id IN {}", places(1, part.len()));
-        let mut query = sqlx::query(AssertSqlSafe(sql));
+        let mut query = sqlx::query(tx.engine.listed(sql));
         for endpoint in part {
             query = query.bind(endpoint.to_string());
         }

@@ -18,6 +18,7 @@ pub(crate) mod coverage;
 mod detections;
 pub(crate) mod due;
 pub(crate) mod endpoints;
+mod ends;
 pub(crate) mod enrollments;
 pub(crate) mod events;
 pub(crate) mod expiry;
@@ -47,7 +48,7 @@ mod story;
 use std::{str::FromStr as _, time::Duration};
 
 use sqlx::{
-    Any, AnyConnection, AnyPool, Connection as _, Executor as _, PgPool, Transaction,
+    Any, AnyConnection, AnyPool, AssertSqlSafe, Connection as _, Executor as _, PgPool, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
 use tm_protocol::report::Failure;
@@ -89,6 +90,30 @@ impl Engine {
             Self::Postgres => 1,
         }
     }
+
+    /// A statement as this engine reads it best. The placeholders of `sql` stand in it in their order, each once. SQLite
+    /// keeps the names of numbered ones in a list, and the driver looks each up from its beginning: a statement for
+    /// hundreds of rows takes longer to bind than to carry out. Those without a name are counted.
+    fn listed(self, sql: String) -> AssertSqlSafe<String> {
+        let text = match self {
+            Self::Sqlite => unnumbered(&sql),
+            Self::Postgres => sql,
+        };
+        AssertSqlSafe(text)
+    }
+}
+
+/// `$1`, `$2`, … as `?`.
+fn unnumbered(sql: &str) -> String {
+    let mut parts = sql.split('$');
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for (index, part) in parts.enumerate() {
+        let rest = part.trim_start_matches(|c: char| c.is_ascii_digit());
+        debug_assert_eq!(part[..part.len() - rest.len()].parse(), Ok(index + 1), "{sql}");
+        text.push('?');
+        text.push_str(rest);
+    }
+    text
 }
 
 /// How many rows one statement is for: few different numbers, because each makes a statement of its own, and
@@ -110,8 +135,11 @@ fn parts<T>(mut items: &[T], most: usize) -> impl Iterator<Item = &[T]> {
 #[derive(Debug)]
 pub(crate) struct Tx {
     inner: Transaction<'static, Any>,
+    engine: Engine,
     events: Vec<events::Pending>,
     covered: Vec<coverage::Covered>,
+    /// Ends of tasks; whoever reads tasks has them written before.
+    ended: Vec<ends::Ended>,
 }
 
 impl std::ops::Deref for Tx {
@@ -261,7 +289,7 @@ impl Store {
         };
         let inner = self.write.begin_with(statement).await;
         let inner = inner.map_err(StoreError::query("begin a transaction"))?;
-        Ok(Tx { inner, events: Vec::new(), covered: Vec::new() })
+        Ok(Tx { inner, engine: self.engine, events: Vec::new(), covered: Vec::new(), ended: Vec::new() })
     }
 
     /// Begins a transaction that appends to the audit log. There is one at a time, on PostgreSQL too: it waits here,
@@ -280,6 +308,7 @@ impl Store {
     /// # Errors
     /// If the database cannot; nothing of the transaction has then happened.
     pub(crate) async fn commit(mut tx: Tx) -> Result<(), StoreError> {
+        ends::write(&mut tx).await?;
         coverage::write(&mut tx).await?;
         // Last: whoever numbers events holds the counter until the commit.
         events::write(&mut tx).await?;
@@ -374,6 +403,8 @@ pub(crate) mod tests {
     fn placeholders_are_numbered() {
         assert_eq!((places(1, 1), places(3, 3)), ("($1)".to_owned(), "($3, $4, $5)".to_owned()));
         assert_eq!(rows(2, 2), "($1, $2), ($3, $4)");
+        assert_eq!(Engine::Sqlite.listed(rows(2, 6)).0, "(?, ?, ?, ?, ?, ?), (?, ?, ?, ?, ?, ?)");
+        assert_eq!(Engine::Postgres.listed(rows(1, 2)).0, "($1, $2)");
     }
 
     /// Whether a test of what only SQLite has can run.

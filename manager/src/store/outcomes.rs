@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
-use sqlx::{AssertSqlSafe, Row as _};
+use sqlx::Row as _;
 use tm_api::event::{EventKind, EventStatus};
 use tm_protocol::{
     ids::{EndpointId, IncidentId, TaskId},
@@ -19,8 +19,9 @@ use tm_protocol::{
 };
 
 use super::{
-    PARTS, StoreError, Tx, agent_failure, coverage,
+    Engine, PARTS, StoreError, Tx, agent_failure, coverage,
     detections::names,
+    ends::{self, Ended},
     events::{self, NewEvent},
     incidents, parts, places,
     receipts::{self, ReceiptRow},
@@ -212,11 +213,15 @@ pub(super) fn unsupported(kind: TaskKind) -> Failure {
     Failure::new("unsupported", format!("the endpoint's agent does not know tasks of the kind `{kind}`"))
 }
 
-/// Makes everything else that would change this endpoint's tasks and incidents wait for this transaction.
+/// Makes everything else that would change this endpoint's tasks and incidents wait for this transaction. On SQLite it
+/// does already.
 ///
 /// # Errors
 /// If the database refuses.
 pub(super) async fn lock(tx: &mut Tx, endpoint: EndpointId) -> Result<(), StoreError> {
+    if tx.engine == Engine::Sqlite {
+        return Ok(());
+    }
     sqlx::query("UPDATE endpoint SET session_epoch = session_epoch WHERE id = $1")
         .bind(endpoint.to_string())
         .execute(&mut **tx)
@@ -243,13 +248,14 @@ pub(super) async fn head(
 /// # Errors
 /// As [`head`].
 pub(super) async fn heads(tx: &mut Tx, tasks: &[TaskId]) -> Result<Vec<Head>, StoreError> {
+    ends::write(tx).await?;
     let mut heads = Vec::with_capacity(tasks.len());
     for part in parts(tasks, PARTS[0]) {
         let sql = format!(
             "SELECT kind, dry_run, state, spec, started_ms, id, endpoint_id FROM task WHERE id IN {}",
             places(1, part.len())
         );
-        let mut query = sqlx::query(AssertSqlSafe(sql));
+        let mut query = sqlx::query(tx.engine.listed(sql));
         for task in part {
             query = query.bind(task.to_string());
         }
@@ -316,24 +322,24 @@ pub(super) async fn conclude(
         What::Quote(quote) => Some(serde_json::json!(quote).to_string()),
         What::Treatment(tally) => Some(serde_json::json!(tally).to_string()),
     };
-    let changed = sqlx::query(
-        "UPDATE task SET state = $2, code = $3, message = $4, result = $5, finished_ms = $6,
-            started_ms = COALESCE($8, started_ms)
-         WHERE id = $1 AND state = $7",
-    )
-    .bind(head.id.to_string())
-    .bind(end.state.word())
-    .bind(end.failure.as_ref().map(|failure| failure.code.clone()))
-    .bind(end.failure.as_ref().map(|failure| failure.message.clone()))
-    .bind(result)
-    .bind(now_ms)
-    .bind(head.stored.word())
-    .bind(head.started_ms())
-    .execute(&mut **tx)
-    .await
-    .map_err(StoreError::query("end a task"))?;
-    if changed.rows_affected() == 0 {
-        return Ok(false);
+    let ended = Ended {
+        task: head.id,
+        stored: head.stored,
+        state: end.state,
+        failure: end.failure.clone(),
+        result,
+        started_ms: head.started_ms(),
+        finished_ms: now_ms,
+    };
+    match (tx.engine, head.kind) {
+        // Nobody else can have moved it, and nothing that follows here looks at its row.
+        (Engine::Sqlite, TaskKind::Scan) => tx.ended.push(ended),
+        (Engine::Sqlite, TaskKind::Cleanup | TaskKind::Restore) | (Engine::Postgres, _) => {
+            ends::write(tx).await?;
+            if ended.write(tx).await? == 0 {
+                return Ok(false);
+            }
+        }
     }
     if refused {
         let message =

@@ -14,7 +14,7 @@ use tm_protocol::{
 };
 
 use super::{
-    StoreError, Tx, agent_failure, detections,
+    StoreError, Tx, agent_failure, detections, ends,
     events::{self, NewEvent},
     items,
     outcomes::{self, End, Head},
@@ -158,6 +158,7 @@ async fn apply_alone(
     most_detections: i64,
     now_ms: i64,
 ) -> Result<(), StoreError> {
+    ends::write(tx).await?;
     match &report.body {
         // How far a task is: applied by the caller.
         ReportBody::Accepted { .. } | ReportBody::Started { .. } | ReportBody::Finished { .. } => Ok(()),

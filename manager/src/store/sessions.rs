@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use serde::Serialize;
-use sqlx::{AssertSqlSafe, Row as _};
+use sqlx::Row as _;
+use std::collections::{HashMap, HashSet};
 use tm_protocol::{
     ids::{EndpointId, ManagerId},
     message::{Disk, Hello, Inventory, Progress},
@@ -11,7 +12,7 @@ use tm_protocol::{
 };
 
 use super::{
-    Store, StoreError, Tx, outcomes, parts, places,
+    Engine, PARTS, Store, StoreError, Tx, outcomes, parts, places, rows,
     streams::{Counts, unsigned},
 };
 
@@ -96,24 +97,28 @@ impl Store {
     ///
     /// # Errors
     /// If the database refuses one of them; then none is noted.
-    pub(crate) async fn pass(
-        &self,
-        passages: &[Passage],
-        now_ms: i64,
-    ) -> Result<Vec<Result<Option<Opened>, StoreError>>, StoreError> {
+    pub(crate) async fn pass(&self, passages: &[Passage], now_ms: i64) -> Result<Vec<Passed>, StoreError> {
         let mut tx = self.begin().await?;
-        let mut passed = Vec::with_capacity(passages.len());
-        for passage in passages {
-            passed.push(match passage {
-                Passage::Open { endpoint, manager, hello } => {
-                    open(&mut tx, *endpoint, *manager, hello, now_ms).await?.ok_or_else(unknown).map(Some)
+        let passed = match self.engine {
+            Engine::Sqlite => pass_many(&mut tx, passages, now_ms).await?,
+            // Each has a statement of its own: `Engine::rows_at_a_time` says why.
+            Engine::Postgres => {
+                let mut passed = Vec::with_capacity(passages.len());
+                for passage in passages {
+                    passed.push(match passage {
+                        Passage::Open { endpoint, manager, hello } => {
+                            let opened = open(&mut tx, *endpoint, *manager, hello, now_ms).await?;
+                            opened.ok_or_else(unknown).map(Some)
+                        }
+                        Passage::Close { endpoint, epoch } => {
+                            close(&mut tx, *endpoint, *epoch, now_ms).await?;
+                            Ok(None)
+                        }
+                    });
                 }
-                Passage::Close { endpoint, epoch } => {
-                    close(&mut tx, *endpoint, *epoch, now_ms).await?;
-                    Ok(None)
-                }
-            });
-        }
+                passed
+            }
+        };
         Self::commit(tx).await?;
         Ok(passed)
     }
@@ -134,7 +139,7 @@ impl Store {
         let mut tx = self.begin().await?;
         for part in parts(&seen, self.engine.rows_at_a_time()) {
             let sql = format!("UPDATE endpoint SET last_seen_ms = $1 WHERE id IN {}", places(2, part.len()));
-            let mut query = sqlx::query(AssertSqlSafe(sql)).bind(now_ms);
+            let mut query = sqlx::query(self.engine.listed(sql)).bind(now_ms);
             for endpoint in part {
                 query = query.bind(endpoint.to_string());
             }
@@ -158,6 +163,133 @@ impl Store {
     }
 }
 
+type Passed = Result<Option<Opened>, StoreError>;
+
+/// [`open`] and [`close`] of many, with few statements. One endpoint's come in their order: the first of each, then
+/// the second of those that have one, and so on.
+async fn pass_many(tx: &mut Tx, passages: &[Passage], now_ms: i64) -> Result<Vec<Passed>, StoreError> {
+    let mut passed: Vec<Passed> = passages.iter().map(|_| Ok(None)).collect();
+    let mut left: Vec<usize> = (0..passages.len()).collect();
+    while !left.is_empty() {
+        let mut now = HashSet::new();
+        let (turn, later): (Vec<usize>, Vec<usize>) =
+            left.into_iter().partition(|at| passages.get(*at).is_some_and(|p| now.insert(p.endpoint())));
+        left = later;
+        let (mut opens, mut closes) = (Vec::new(), Vec::new());
+        for at in turn {
+            match passages.get(at) {
+                Some(Passage::Open { endpoint, manager, hello }) => {
+                    opens.push(Coming { at, endpoint: *endpoint, manager: *manager, hello });
+                }
+                Some(Passage::Close { endpoint, epoch }) => closes.push((*endpoint, *epoch)),
+                None => {}
+            }
+        }
+        for part in parts(&opens, PARTS[0]) {
+            let mut opened = open_many(tx, part, now_ms).await?;
+            for coming in part {
+                if let Some(slot) = passed.get_mut(coming.at) {
+                    *slot = opened.remove(&coming.endpoint).ok_or_else(unknown).map(Some);
+                }
+            }
+        }
+        for part in parts(&closes, PARTS[0]) {
+            close_many(tx, part, now_ms).await?;
+        }
+    }
+    Ok(passed)
+}
+
+/// One of many who come.
+struct Coming<'p> {
+    /// Its place among all passages.
+    at: usize,
+    endpoint: EndpointId,
+    manager: ManagerId,
+    hello: &'p Hello,
+}
+
+/// [`open`] of different endpoints; those that are not known are left out.
+async fn open_many(
+    tx: &mut Tx,
+    coming: &[Coming<'_>],
+    now_ms: i64,
+) -> Result<HashMap<EndpointId, Opened>, StoreError> {
+    let sql = format!(
+        "SELECT id, manager_id FROM endpoint WHERE manager_id IS NOT NULL AND id IN {}",
+        places(1, coming.len())
+    );
+    let mut query = sqlx::query(tx.engine.listed(sql));
+    for one in coming {
+        query = query.bind(one.endpoint.to_string());
+    }
+    let held = query.fetch_all(&mut **tx).await;
+    let held = held.map_err(StoreError::query("look where endpoints are connected"))?;
+    let mut held: HashMap<String, String> = held.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let sql = format!(
+        "WITH come (whose, manager, version, boot, kinds, code, message, failed_ms, numbers) AS (VALUES {})
+         UPDATE endpoint SET manager_id = come.manager, session_epoch = session_epoch + 1,
+            agent_version = come.version, boot_id = come.boot, task_kinds = come.kinds, last_seen_ms = ${},
+            failure_code = COALESCE(come.code, failure_code),
+            failure_message = COALESCE(come.message, failure_message),
+            failure_ms = COALESCE(come.failed_ms, failure_ms),
+            stored_through = CASE WHEN stream = come.numbers THEN stored_through ELSE 0 END,
+            notices_through = CASE WHEN stream = come.numbers THEN notices_through ELSE 0 END,
+            stream = come.numbers
+         FROM come WHERE endpoint.id = come.whose RETURNING session_epoch, stored_through, notices_through, id",
+        rows(coming.len(), 9),
+        1 + 9 * coming.len()
+    );
+    let mut query = sqlx::query(tx.engine.listed(sql));
+    for one in coming {
+        let failure = one.hello.last_failure.as_ref();
+        query = query
+            .bind(one.endpoint.to_string())
+            .bind(one.manager.to_string())
+            .bind(one.hello.agent_version.as_str())
+            .bind(one.hello.boot_id.as_str())
+            .bind(kinds(one.hello))
+            .bind(failure.map(|f| f.code.clone()))
+            .bind(failure.map(|f| f.message.clone()))
+            .bind(failure.map(|_| now_ms))
+            .bind(one.hello.stream.to_string());
+    }
+    let opened = query.bind(now_ms).fetch_all(&mut **tx).await.map_err(StoreError::query("open sessions"))?;
+    let by_id: HashMap<String, &Coming<'_>> =
+        coming.iter().map(|one| (one.endpoint.to_string(), one)).collect();
+    Ok(opened
+        .iter()
+        .filter_map(|row| {
+            let one = by_id.get(&row.get::<String, _>(3))?;
+            let manager = one.manager.to_string();
+            let was_elsewhere = held.remove(&row.get::<String, _>(3)).filter(|at| *at != manager);
+            let stored = Counts { reports: unsigned(row.get(1)), notices: unsigned(row.get(2)) };
+            Some((one.endpoint, Opened { epoch: row.get(0), was_elsewhere, stored }))
+        })
+        .collect())
+}
+
+/// [`close`] of different endpoints.
+async fn close_many(tx: &mut Tx, going: &[(EndpointId, i64)], now_ms: i64) -> Result<(), StoreError> {
+    let sql = format!(
+        "WITH go (whose, epoch) AS (VALUES {})
+         UPDATE endpoint SET manager_id = NULL, last_seen_ms = ${}
+         FROM go WHERE endpoint.id = go.whose AND endpoint.session_epoch = go.epoch",
+        rows(going.len(), 2),
+        1 + 2 * going.len()
+    );
+    let mut query = sqlx::query(tx.engine.listed(sql));
+    for (endpoint, epoch) in going {
+        query = query.bind(endpoint.to_string()).bind(*epoch);
+    }
+    query.bind(now_ms).execute(&mut **tx).await.map_err(StoreError::query("close sessions"))?;
+    Ok(())
+}
+
+fn kinds(hello: &Hello) -> String {
+    serde_json::to_string(&hello.task_kinds).unwrap_or_else(|_| "[]".to_owned())
+}
+
 /// Notes a new session; `None` if the endpoint is not known.
 async fn open(
     tx: &mut Tx,
@@ -175,7 +307,6 @@ async fn open(
         .map_err(StoreError::query("look where an endpoint is connected"))?
         .map(|row| row.get(0));
     let failure = hello.last_failure.as_ref();
-    let kinds = serde_json::to_string(&hello.task_kinds).unwrap_or_else(|_| "[]".to_owned());
     let stream = hello.stream.to_string();
     let row = sqlx::query(
         "UPDATE endpoint SET manager_id = $2, session_epoch = session_epoch + 1, agent_version = $3, boot_id = $4,
@@ -189,7 +320,7 @@ async fn open(
     .bind(manager.to_string())
     .bind(hello.agent_version.as_str())
     .bind(hello.boot_id.as_str())
-    .bind(kinds)
+    .bind(kinds(hello))
     .bind(now_ms)
     .bind(failure.map(|f| f.code.clone()))
     .bind(failure.map(|f| f.message.clone()))
@@ -227,65 +358,98 @@ pub(crate) fn writer_ended() -> StoreError {
     StoreError::query("reach the writer of sessions")(sqlx::Error::PoolClosed)
 }
 
-/// Replaces what is known of an endpoint by what its agent says. Addresses that are none are left out.
-pub(super) async fn replace_inventory(
-    tx: &mut Tx,
-    endpoint: EndpointId,
-    facts: &Inventory,
-) -> Result<(), StoreError> {
-    let host = short(&facts.host);
-    let addresses: Vec<IpAddr> =
-        facts.addresses.iter().filter_map(|a| a.parse().ok()).take(MOST_ADDRESSES).collect();
-    let row = InventoryRow {
-        os: short(&facts.os),
-        kernel: short(&facts.kernel),
-        arch: short(&facts.arch),
-        cpu: short(&facts.cpu),
-        cpus: facts.cpus,
-        memory: facts.memory,
-        disks: facts.disks.get(..MOST_DISKS).unwrap_or(&facts.disks),
-        boot_id: short(&facts.boot_id),
-        addresses: addresses.iter().map(ToString::to_string).collect(),
-    };
-    let json = serde_json::to_string(&row).map_err(|_| StoreError::content("inventory", "unwritable"))?;
-    let id = endpoint.to_string();
-    // Agents tell their facts in every session, and they are the same ones nearly always.
-    let same = sqlx::query(
-        "SELECT 1 FROM endpoint WHERE id = $1 AND host = $2 AND inventory = $3 AND agent_version = $4",
-    )
-    .bind(id.as_str())
-    .bind(host)
-    .bind(json.as_str())
-    .bind(short(&facts.agent_version))
-    .fetch_optional(&mut **tx)
-    .await
-    .map_err(StoreError::query("compare an inventory"))?;
-    if same.is_some() {
-        return Ok(());
+/// What an agent says of its endpoint, as it is stored.
+struct Facts<'a> {
+    id: String,
+    host: &'a str,
+    version: &'a str,
+    /// An [`InventoryRow`].
+    json: String,
+    addresses: Vec<IpAddr>,
+}
+
+impl<'a> Facts<'a> {
+    /// Addresses that are none are left out.
+    fn new(endpoint: EndpointId, facts: &'a Inventory) -> Result<Self, StoreError> {
+        let addresses: Vec<IpAddr> =
+            facts.addresses.iter().filter_map(|a| a.parse().ok()).take(MOST_ADDRESSES).collect();
+        let row = InventoryRow {
+            os: short(&facts.os),
+            kernel: short(&facts.kernel),
+            arch: short(&facts.arch),
+            cpu: short(&facts.cpu),
+            cpus: facts.cpus,
+            memory: facts.memory,
+            disks: facts.disks.get(..MOST_DISKS).unwrap_or(&facts.disks),
+            boot_id: short(&facts.boot_id),
+            addresses: addresses.iter().map(ToString::to_string).collect(),
+        };
+        let json = serde_json::to_string(&row).map_err(|_| StoreError::content("inventory", "unwritable"))?;
+        let (host, version) = (short(&facts.host), short(&facts.agent_version));
+        Ok(Self { id: endpoint.to_string(), host, version, json, addresses })
     }
+}
+
+/// Replaces what is known of endpoints by what their agents say.
+///
+/// # Errors
+/// If the database refuses.
+pub(super) async fn replace_inventories<'a>(
+    tx: &mut Tx,
+    said: impl Iterator<Item = (EndpointId, &'a Inventory)>,
+) -> Result<(), StoreError> {
+    let said: Vec<Facts<'_>> =
+        said.map(|(endpoint, facts)| Facts::new(endpoint, facts)).collect::<Result<_, _>>()?;
+    for part in parts(&said, PARTS[0]) {
+        let same = same(tx, part).await?;
+        for facts in part.iter().filter(|facts| !same.contains(&facts.id)) {
+            replace_inventory(tx, facts).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Endpoints of which nothing new is said: nearly all, because agents tell their facts in every session.
+async fn same(tx: &mut Tx, said: &[Facts<'_>]) -> Result<HashSet<String>, StoreError> {
+    let sql = format!(
+        "WITH said (whose, host, inventory, version) AS (VALUES {})
+         SELECT endpoint.id FROM said JOIN endpoint ON endpoint.id = said.whose
+         WHERE endpoint.host = said.host AND endpoint.inventory = said.inventory
+           AND endpoint.agent_version = said.version",
+        rows(said.len(), 4)
+    );
+    let mut query = sqlx::query(tx.engine.listed(sql));
+    for facts in said {
+        query = query.bind(facts.id.as_str()).bind(facts.host).bind(facts.json.as_str()).bind(facts.version);
+    }
+    let same = query.fetch_all(&mut **tx).await.map_err(StoreError::query("compare inventories"))?;
+    Ok(same.iter().map(|row| row.get(0)).collect())
+}
+
+async fn replace_inventory(tx: &mut Tx, facts: &Facts<'_>) -> Result<(), StoreError> {
     sqlx::query(
         "UPDATE endpoint SET host = $2, host_key = $3, inventory = $4, agent_version = $5 WHERE id = $1",
     )
-    .bind(id.as_str())
-    .bind(host)
-    .bind(host.to_lowercase())
-    .bind(json)
-    .bind(short(&facts.agent_version))
+    .bind(facts.id.as_str())
+    .bind(facts.host)
+    .bind(facts.host.to_lowercase())
+    .bind(facts.json.as_str())
+    .bind(facts.version)
     .execute(&mut **tx)
     .await
     .map_err(StoreError::query("record an inventory"))?;
     sqlx::query("DELETE FROM endpoint_address WHERE endpoint_id = $1")
-        .bind(id.as_str())
+        .bind(facts.id.as_str())
         .execute(&mut **tx)
         .await
         .map_err(StoreError::query("replace addresses"))?;
-    for address in addresses {
+    for address in &facts.addresses {
         sqlx::query(
             "INSERT INTO endpoint_address (endpoint_id, address_key, address) VALUES ($1, $2, $3)
              ON CONFLICT (endpoint_id, address_key) DO NOTHING",
         )
-        .bind(id.as_str())
-        .bind(address_key(address))
+        .bind(facts.id.as_str())
+        .bind(address_key(*address))
         .bind(address.to_string())
         .execute(&mut **tx)
         .await

@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 
-use sqlx::{AssertSqlSafe, Row as _};
+use sqlx::Row as _;
 use tm_protocol::{
     ids::EndpointId,
     message::{Inventory, Notices, Report},
@@ -106,16 +106,18 @@ impl Store {
         let counted = count_all(&mut tx, parcels, self.engine.rows_at_a_time()).await?;
         let standing = parcels.iter().zip(&counted).filter(|(_, before)| before.is_some());
         let mut last = reports::Last::read(&mut tx, standing.map(|(parcel, _)| parcel)).await?;
-        let mut taken = Vec::with_capacity(parcels.len());
+        let (mut taken, mut told) = (Vec::with_capacity(parcels.len()), Vec::new());
         for (parcel, before) in parcels.iter().zip(counted) {
             taken.push(match before {
                 Some(before) => {
                     take(&mut tx, &mut last, parcel, before, most_detections, now_ms).await?;
+                    told.extend(parcel.inventory.as_deref().map(|facts| (parcel.endpoint, facts)));
                     Taken::Stored
                 }
                 None => Taken::Superseded,
             });
         }
+        sessions::replace_inventories(&mut tx, told.into_iter()).await?;
         Self::commit(tx).await?;
         Ok(taken)
     }
@@ -144,11 +146,7 @@ async fn take(
             }
         }
     }
-    last.settle(tx).await?;
-    if let Some(facts) = &parcel.inventory {
-        sessions::replace_inventory(tx, parcel.endpoint, facts).await?;
-    }
-    Ok(())
+    last.settle(tx).await
 }
 
 /// [`count`] of every parcel, as many at once as one statement may change.
@@ -181,7 +179,7 @@ async fn move_counts(tx: &mut Tx, parcels: &[Parcel]) -> Result<HashSet<(Endpoin
          RETURNING id, session_epoch",
         rows(parcels.len(), 6)
     );
-    let mut query = sqlx::query(AssertSqlSafe(sql));
+    let mut query = sqlx::query(tx.engine.listed(sql));
     for parcel in parcels {
         let end = parcel.items.iter().fold(parcel.after, |counts, item| counts.after(item));
         query = query

@@ -16,7 +16,7 @@ use tm_protocol::{
 use super::{
     PARTS, Store, StoreError, Tx,
     audit::{self, Entry},
-    outcomes, parts,
+    outcomes, parts, places,
     receipts::ReceiptRow,
     specs,
 };
@@ -320,16 +320,18 @@ async fn insert_all(
     let dry_run = is_dry_run(order.spec);
     let expires_ms = now_ms.saturating_add(order.expires_in_ms);
     for part in parts(&recipients, PARTS[0]) {
-        let rows: Vec<String> = (0..part.len())
-            .map(|row| format!("(${}, ${}, $1, $2, $3, $4, $5, $6, $7, $8, $9)", 10 + 2 * row, 11 + 2 * row))
-            .collect();
+        let whom: Vec<String> = (0..part.len()).map(|row| places(10 + 2 * row, 2)).collect();
         let sql = format!(
-            "INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms,
+            "WITH what (kind, spec, state, issuer, reason, created_ms, expires_ms, deadline_ms, dry_run)
+                AS (VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)),
+             whom (id, endpoint_id) AS (VALUES {})
+             INSERT INTO task (id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms,
                 deadline_ms, dry_run)
-             VALUES {}",
-            rows.join(", ")
+             SELECT id, endpoint_id, kind, spec, state, issuer, reason, created_ms, expires_ms, deadline_ms, dry_run
+             FROM whom CROSS JOIN what",
+            whom.join(", ")
         );
-        let mut query = sqlx::query(AssertSqlSafe(sql))
+        let mut query = sqlx::query(tx.engine.listed(sql))
             .bind(kind.word())
             .bind(spec.to_owned())
             .bind(TaskState::Queued.word())

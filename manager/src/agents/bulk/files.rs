@@ -22,10 +22,10 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::{Moved, turns::Turn};
 
-/// What is read of a file at a time, in bytes.
-const PIECE: usize = 128 << 10;
+/// What is read of a file at a time and written to a link at a time, in bytes.
+pub(crate) const PIECE: usize = 256 << 10;
 /// Pieces that are kept for later.
-const KEPT: usize = 64;
+const KEPT: usize = 32;
 
 /// The files that are open.
 #[derive(Debug, Default)]
