@@ -1,12 +1,14 @@
 //! The TLS handshake with a stranger, on either port.
 //!
 //! First the client has to say its first message whole; what that costs is a socket and a few KiB. Then it waits for
-//! its turn, and only then its handshake's clock begins. A client that lets its turn pass without finishing goes on
-//! without one, as one that keeps us waiting.
+//! its turn, and only then its handshake's clock begins. A turn lasts as long as there is something to compute: while
+//! the client's next message is on its way it is another one's, and when that message is there the client goes before
+//! those who have not begun.
 //!
-//! **Invariant:** nothing is computed for a client before its first message is whole and it is its turn.
+//! **Invariant:** nothing is computed for a client before its first message is whole, and nothing but by turns, so that
+//! however many come at once, what is done for agents with a session stands behind a few handshakes and not behind all.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{future::poll_fn, io, sync::Arc, task::Poll, time::Duration};
 
 use futures_util::FutureExt as _;
 use rustls::{
@@ -14,9 +16,9 @@ use rustls::{
     server::{Accepted, Acceptor},
 };
 use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::{StartHandshake, server::TlsStream};
+use tokio_rustls::{Accept, StartHandshake, server::TlsStream};
 
-use crate::strangers::Place;
+use crate::strangers::{Place, Turn};
 
 /// How long the first byte may take.
 const FIRST_BYTE: Duration = Duration::from_secs(5);
@@ -28,10 +30,10 @@ const LONGEST_HELLO: usize = 8 << 10;
 const CHUNK: usize = 2 << 10;
 /// How long a turn is waited for. Clients give up sooner.
 const QUEUE: Duration = Duration::from_secs(20);
-/// How long a turn lasts. A client that is there needs a few milliseconds and its network's way there and back.
-const TURN: Duration = Duration::from_millis(500);
-/// How long the handshake may take after that.
+/// How long the handshake may take after the first turn.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Turns that one handshake may take: it needs two, and some more on a network that brings messages in pieces.
+const TURNS: usize = 32;
 
 /// Hears a client's first message.
 ///
@@ -93,7 +95,7 @@ pub(crate) async fn shake(
 ) -> io::Result<Box<TlsStream<TcpStream>>> {
     place.is_ready();
     let turn = timeout(QUEUE, place.turn()).await?;
-    let mut accept = Box::new(start.into_stream(config));
+    let accept = start.into_stream(config);
     // Whoever gave up while it waited is not worth the arithmetic.
     let has_left = accept
         .get_ref()
@@ -102,14 +104,28 @@ pub(crate) async fn shake(
     if has_left {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let shaken = match timeout(TURN, &mut accept).await {
-        Ok(shaken) => shaken,
-        Err(_) => {
-            drop(turn);
-            place.is_slow();
-            timeout(HANDSHAKE, accept).await?
-        }
-    };
+    let shaken = timeout(HANDSHAKE, by_turns(Box::new(accept), turn, place)).await?;
     place.is_slow();
     shaken.map(Box::new)
+}
+
+/// Goes on with a handshake whenever there is something to do for it and it is its turn.
+async fn by_turns(
+    mut accept: Box<Accept<TcpStream>>,
+    mut turn: Turn,
+    place: &Place,
+) -> io::Result<TlsStream<TcpStream>> {
+    for _ in 0..TURNS {
+        let step = poll_fn(|context| Poll::Ready(accept.poll_unpin(context))).await;
+        drop(turn);
+        if let Poll::Ready(shaken) = step {
+            return shaken;
+        }
+        place.is_slow();
+        let Some(stream) = accept.get_ref() else { break };
+        stream.readable().await?;
+        place.is_ready();
+        turn = place.next_turn().await;
+    }
+    Err(io::Error::other("the handshake comes in too many pieces"))
 }

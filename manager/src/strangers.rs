@@ -7,7 +7,7 @@
 //! much smaller crowd: a fleet that comes back from behind one address is not thrown out by its own kind.
 //!
 //! Handshakes are work, and done a few at a time: in the order of their coming within one source, and by turns among
-//! the sources. The others wait unserved, instead of all of them being served at once and too late.
+//! the sources. The others wait, instead of all of them being served at once and too late.
 //!
 //! **Invariant:** there are never more places and turns taken than there are.
 //! **Invariant:** a turn whose holder has gone is passed on; none is lost.
@@ -18,6 +18,7 @@ use std::{
     future::pending,
     net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
 };
 
 use tokio::sync::oneshot;
@@ -25,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Crowds that are looked at to make room, the largest first.
 const LOOKED_AT: usize = 16;
+/// Turns for each processor: while one is passed on, another one is taken.
+const TURNS: usize = 2;
 
 /// The strangers of one port. Copies share them.
 #[derive(Debug, Clone)]
@@ -179,8 +182,12 @@ impl Hall {
 }
 
 impl Strangers {
-    /// Room for `places` strangers, `turns` of whom are served at a time.
-    pub(crate) fn new(places: usize, turns: usize) -> Self {
+    /// Room for `places` strangers.
+    pub(crate) fn new(places: usize) -> Self {
+        Self::with(places, thread::available_parallelism().map_or(1, usize::from) * TURNS)
+    }
+
+    fn with(places: usize, turns: usize) -> Self {
         let hall = Hall {
             next: 0,
             taken: 0,
@@ -260,8 +267,25 @@ impl Place {
         }
     }
 
+    /// Whether nobody knows who it is.
+    pub(crate) fn is_stranger(&self) -> bool {
+        !self.strangers.lock().known.contains(&self.number)
+    }
+
     /// Waits for a turn. (One who has lost its place waits for ever.)
     pub(crate) async fn turn(&self) -> Turn {
+        self.turn_behind(VecDeque::push_back).await
+    }
+
+    /// Waits for a turn before those of its source who have had none.
+    pub(crate) async fn next_turn(&self) -> Turn {
+        self.turn_behind(VecDeque::push_front).await
+    }
+
+    async fn turn_behind(
+        &self,
+        queue: fn(&mut VecDeque<oneshot::Sender<Turn>>, oneshot::Sender<Turn>),
+    ) -> Turn {
         let turn = {
             let mut hall = self.strangers.lock();
             if hall.turns > 0 {
@@ -270,7 +294,7 @@ impl Place {
             }
             let (sender, turn) = oneshot::channel();
             let is_first = hall.crowds.get_mut(&self.source).map(|crowd| {
-                crowd.waiting.push_back(sender);
+                queue(&mut crowd.waiting, sender);
                 crowd.waiting.len() == 1
             });
             if is_first == Some(true) {
@@ -319,7 +343,7 @@ mod tests {
 
     #[test]
     fn a_newcomer_takes_the_place_of_the_oldest_idler_of_the_largest_crowd() {
-        let strangers = Strangers::new(6, 1);
+        let strangers = Strangers::with(6, 1);
         let crowd: Vec<Place> = (0..4).map(|_| strangers.enter(from(1)).unwrap()).collect();
         let others: Vec<Place> = (2..4).map(|n| strangers.enter(from(n)).unwrap()).collect();
         crowd[0].is_ready();
@@ -339,7 +363,7 @@ mod tests {
 
     #[test]
     fn who_waits_for_us_stays_before_its_own_kind_and_goes_for_a_smaller_crowd() {
-        let strangers = Strangers::new(3, 1);
+        let strangers = Strangers::with(3, 1);
         let crowd: Vec<Place> = (0..3).map(|_| strangers.enter(from(1)).unwrap()).collect();
         crowd.iter().for_each(Place::is_ready);
         assert!(strangers.enter(from(1)).is_none(), "a fleet does not throw out its own");
@@ -354,7 +378,7 @@ mod tests {
 
     #[test]
     fn the_known_keep_their_places_and_are_counted() {
-        let strangers = Strangers::new(2, 1);
+        let strangers = Strangers::with(2, 1);
         let known: Vec<Place> = (0..2).map(|_| strangers.enter(from(1)).unwrap()).collect();
         known.iter().for_each(Place::is_known);
         assert!(strangers.enter(from(2)).is_none() && !known.iter().any(is_lost));
@@ -374,7 +398,7 @@ mod tests {
 
     #[tokio::test]
     async fn sources_take_turns_and_no_turn_is_lost() {
-        let strangers = Strangers::new(100, 1);
+        let strangers = Strangers::with(100, 1);
         let enter = |n| {
             let place = strangers.enter(from(n)).unwrap();
             place.is_ready();
@@ -397,9 +421,15 @@ mod tests {
         assert!(other.as_mut().now_or_never().is_none());
         drop(second);
         assert!(turns[1].as_mut().now_or_never().is_none(), "another source is next");
+        // Who has had one goes before its kind.
+        let mut begun = Box::pin(holder.next_turn());
+        assert!(begun.as_mut().now_or_never().is_none());
         // It has been given its turn and goes without ever looking: it is passed on.
         drop(other);
-        let third = turns[1].as_mut().now_or_never().expect("it is passed on");
+        let begun = begun.as_mut().now_or_never().expect("it is passed on");
+        assert!(turns[1].as_mut().now_or_never().is_none());
+        drop(begun);
+        let third = turns[1].as_mut().now_or_never().expect("the order goes on");
         drop((turns, third));
         assert_eq!(strangers.lock().turns, 1, "nobody waits");
     }

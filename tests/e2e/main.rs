@@ -3,6 +3,7 @@
 //! Every test has a control: it shows first that what it will find missing would have been seen.
 
 mod archives;
+mod attack;
 mod backup;
 mod bulk;
 mod certificates;

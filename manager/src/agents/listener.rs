@@ -29,10 +29,6 @@ use crate::{
 
 /// Links that have not proven who they are, at most.
 const STRANGERS: usize = 4096;
-/// Handshakes at a time: enough that clients' networks do not hold up the processors, and so few that each is done
-/// long before its client's patience is over.
-const TURNS: usize = 128;
-
 /// What the port works with.
 #[derive(Clone)]
 pub(crate) struct Port {
@@ -45,7 +41,7 @@ pub(crate) struct Port {
 
 /// Accepts until the manager ends.
 pub(crate) async fn run(listener: TcpListener, port: Port) {
-    let strangers = Strangers::new(places(), TURNS);
+    let strangers = Strangers::new(places());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,

@@ -1,14 +1,18 @@
 //! The administrators' port: HTTPS links, each with limits of time, and places that nobody holds for nothing.
 //!
-//! **Invariant:** a link whose requests bring no good token can be ended at any time for somebody else; one that has
-//! brought one is kept.
+//! **Invariant:** a link whose requests bring no good token ends after some of them, and at any time for somebody else;
+//! one that has brought one is kept.
 //! **Invariant:** no link stands still for ever: not in its handshake, not in a request's header, not while an answer
 //! is read. (A request's body has its route's patience.)
 
 use std::{
+    convert::Infallible,
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -16,6 +20,7 @@ use std::{
 use axum::{Router, body::Body as AxumBody, extract::Request};
 use hyper::{
     body::Incoming,
+    header::{CONNECTION, HeaderValue},
     server::conn::http1,
     service::{Service as _, service_fn},
 };
@@ -38,8 +43,8 @@ use crate::{
 
 /// Links at a time, of administrators and of those who may be some.
 const LINKS: usize = 512;
-/// Handshakes at a time.
-const TURNS: usize = 32;
+/// Requests without a good token after which a link is closed.
+const IN_VAIN: usize = 16;
 /// How long a request's header may take, and the next one's.
 const HEADER: Duration = Duration::from_secs(10);
 /// How long a client may leave an answer unread.
@@ -52,7 +57,7 @@ pub(crate) async fn serve(
     router: Router,
     ending: CancellationToken,
 ) {
-    let strangers = Strangers::new(LINKS, TURNS);
+    let strangers = Strangers::new(LINKS);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -83,10 +88,19 @@ async fn link(stream: TcpStream, tls: Arc<ServerConfig>, router: Router, place: 
     let Ok(start) = handshake::hear(stream).await else { return };
     let Ok(link) = handshake::shake(start, tls, &place).await else { return };
     let routes = TowerToHyperService::new(router);
+    let asked = AtomicUsize::new(0);
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(AxumBody::new);
         request.extensions_mut().insert(Arc::clone(&place));
-        routes.call(request)
+        let (answer, place) = (routes.call(request), Arc::clone(&place));
+        let is_much = asked.fetch_add(1, Ordering::Relaxed) + 1 >= IN_VAIN;
+        async move {
+            let mut answer = answer.await?;
+            if is_much && place.is_stranger() {
+                answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(answer)
+        }
     });
     // A link that breaks is its client's to try again.
     let _ = http1::Builder::new()
