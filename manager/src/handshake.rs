@@ -39,17 +39,15 @@ const TURNS: usize = 32;
 ///
 /// # Errors
 /// If the client is too slow, leaves, or says something else.
-pub(crate) async fn hear(mut stream: TcpStream) -> io::Result<StartHandshake<TcpStream>> {
-    let _ = stream.set_nodelay(true);
-    let accepted = timeout(HELLO, async {
+pub(crate) async fn hear(stream: &TcpStream) -> io::Result<Accepted> {
+    timeout(HELLO, async {
         timeout(FIRST_BYTE, stream.readable()).await??;
-        first_message(&mut stream).await
+        first_message(stream).await
     })
-    .await??;
-    Ok(StartHandshake::from_parts(accepted, stream))
+    .await?
 }
 
-async fn first_message(stream: &mut TcpStream) -> io::Result<Accepted> {
+async fn first_message(stream: &TcpStream) -> io::Result<Accepted> {
     let mut acceptor = Acceptor::default();
     let mut taken = 0;
     loop {
@@ -96,6 +94,10 @@ pub(crate) async fn shake(
     place.is_ready();
     let turn = timeout(QUEUE, place.turn()).await?;
     let accept = start.into_stream(config);
+    // A socket that has just been taken over is not known to take bytes; all that is said here fits its buffer.
+    if let Some(stream) = accept.get_ref() {
+        timeout(HANDSHAKE, stream.writable()).await??;
+    }
     // Whoever gave up while it waited is not worth the arithmetic.
     let has_left = accept
         .get_ref()

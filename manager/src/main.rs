@@ -10,6 +10,7 @@ mod dispatch;
 mod handshake;
 mod http;
 mod limits;
+mod lobby;
 mod mitigation;
 mod patterns;
 mod server;

@@ -33,6 +33,7 @@ use crate::{
     config::Config,
     dispatch,
     http::{self, AppState},
+    lobby,
     patterns::{
         Blobs,
         trust::{self, OnlineKeys},
@@ -112,7 +113,10 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(bulk.clone().sweep(ending.clone()));
     let port =
         Port { tls: Arc::clone(&ports), bulk, guard: Guard::default(), links: Links::default(), shared };
+    let agents = lobby::open(agents, listener::places(), ending.clone()).context("cannot wait for agents")?;
     loops.spawn(listener::run(agents, port));
+    let admins =
+        lobby::open(admins, http::port::LINKS, ending.clone()).context("cannot wait for administrators")?;
     loops.spawn(http::port::serve(admins, admin_tls, router, ending.clone()));
     let told = registry.clone();
     let changed = move |authorities: &Authorities| {

@@ -8,10 +8,11 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tm_protocol::{ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL, ALPN_RENEW, ids::EndpointId};
 use tokio::{
-    net::{TcpListener, TcpStream},
-    time::{Instant, sleep, timeout},
+    net::TcpStream,
+    sync::mpsc,
+    time::{Instant, timeout},
 };
-use tokio_rustls::server::TlsStream;
+use tokio_rustls::{StartHandshake, server::TlsStream};
 
 use super::{
     LinkError, bulk,
@@ -21,11 +22,7 @@ use super::{
     session::{self, Shared},
     tls::{Peer, Ports, peer},
 };
-use crate::{
-    handshake,
-    store::enrollments::CertificateStatus,
-    strangers::{Place, Strangers},
-};
+use crate::{handshake, lobby::Heard, store::enrollments::CertificateStatus, strangers::Place};
 
 /// Links that have not proven who they are, at most.
 const STRANGERS: usize = 4096;
@@ -39,29 +36,22 @@ pub(crate) struct Port {
     pub(crate) shared: Shared,
 }
 
-/// Accepts until the manager ends.
-pub(crate) async fn run(listener: TcpListener, port: Port) {
-    let strangers = Strangers::new(places());
+/// Serves whoever comes out of the lobby, until the manager ends.
+pub(crate) async fn run(mut lobby: mpsc::Receiver<Heard>, port: Port) {
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let heard = tokio::select! {
+            heard = lobby.recv() => heard,
             () = port.shared.ending.cancelled() => return,
         };
-        let (stream, from) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of descriptors, mostly: whoever waits in the backlog is served when some are free.
-                tracing::warn!(%error, "Cannot accept.");
-                sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        // No place: it is turned away, and an agent tries again with jitter.
-        let Some(place) = strangers.enter(from.ip()) else { continue };
+        let Some(heard) = heard else { return };
         let port = port.clone();
         tokio::spawn(async move {
+            let (start, from, place) = match heard.start() {
+                Ok(started) => started,
+                Err(error) => return tracing::warn!(%error, "Cannot take a link over."),
+            };
             let greeted = tokio::select! {
-                greeted = greet(stream, from, &place, &port) => greeted,
+                greeted = greet(start, from, &place, &port) => greeted,
                 () = place.is_lost() => Err(io::Error::other("another one needs the place")),
             };
             match greeted {
@@ -72,8 +62,9 @@ pub(crate) async fn run(listener: TcpListener, port: Port) {
     }
 }
 
-/// Strangers take a quarter of the descriptors at most: the others are for those who are known.
-fn places() -> usize {
+/// How many strangers there may be. They take a quarter of the descriptors at most: the others are for those who are
+/// known.
+pub(crate) fn places() -> usize {
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let quarter = descriptors.map_or(usize::MAX, |most| usize::try_from(most / 4).unwrap_or(usize::MAX));
     STRANGERS.min(quarter)
@@ -87,8 +78,12 @@ enum Greeted {
     Renew(Box<TlsStream<TcpStream>>),
 }
 
-async fn greet(stream: TcpStream, from: SocketAddr, place: &Place, port: &Port) -> io::Result<Greeted> {
-    let start = handshake::hear(stream).await?;
+async fn greet(
+    start: StartHandshake<TcpStream>,
+    from: SocketAddr,
+    place: &Place,
+    port: &Port,
+) -> io::Result<Greeted> {
     let offered: Vec<Vec<u8>> =
         start.client_hello().alpn().map(|names| names.map(<[u8]>::to_vec).collect()).unwrap_or_default();
     let tls = port.tls.now();

@@ -31,18 +31,17 @@ use hyper_util::{
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
+    sync::mpsc,
     time::{Sleep, sleep},
 };
+use tokio_rustls::StartHandshake;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    handshake,
-    strangers::{Place, Strangers},
-};
+use crate::{handshake, lobby::Heard, strangers::Place};
 
 /// Links at a time, of administrators and of those who may be some.
-const LINKS: usize = 512;
+pub(crate) const LINKS: usize = 512;
 /// Requests without a good token after which a link is closed.
 const IN_VAIN: usize = 16;
 /// How long a request's header may take, and the next one's.
@@ -50,33 +49,27 @@ const HEADER: Duration = Duration::from_secs(10);
 /// How long a client may leave an answer unread.
 const UNREAD: Duration = Duration::from_secs(30);
 
-/// Serves `router` until the manager ends.
+/// Serves `router` to whoever comes out of the lobby, until the manager ends.
 pub(crate) async fn serve(
-    listener: TcpListener,
+    mut lobby: mpsc::Receiver<Heard>,
     tls: Arc<ServerConfig>,
     router: Router,
     ending: CancellationToken,
 ) {
-    let strangers = Strangers::new(LINKS);
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let heard = tokio::select! {
+            heard = lobby.recv() => heard,
             () = ending.cancelled() => return,
         };
-        let (stream, from) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of descriptors, mostly: whoever waits in the backlog is served when some are free.
-                tracing::warn!(%error, "Cannot accept.");
-                sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let Some(place) = strangers.enter(from.ip()).map(Arc::new) else { continue };
+        let Some(heard) = heard else { return };
         let (tls, router, ending) = (Arc::clone(&tls), router.clone(), ending.clone());
         tokio::spawn(async move {
+            let (start, from, place) = match heard.start() {
+                Ok((start, from, place)) => (start, from, Arc::new(place)),
+                Err(error) => return tracing::warn!(%error, "Cannot take a link over."),
+            };
             tokio::select! {
-                () = link(stream, tls, router, Arc::clone(&place)) => {}
+                () = link(start, tls, router, Arc::clone(&place)) => {}
                 () = place.is_lost() => tracing::debug!(%from, "Another one needs the place."),
                 () = ending.cancelled() => {}
             }
@@ -84,8 +77,7 @@ pub(crate) async fn serve(
     }
 }
 
-async fn link(stream: TcpStream, tls: Arc<ServerConfig>, router: Router, place: Arc<Place>) {
-    let Ok(start) = handshake::hear(stream).await else { return };
+async fn link(start: StartHandshake<TcpStream>, tls: Arc<ServerConfig>, router: Router, place: Arc<Place>) {
     let Ok(link) = handshake::shake(start, tls, &place).await else { return };
     let routes = TowerToHyperService::new(router);
     let asked = AtomicUsize::new(0);
