@@ -19,6 +19,7 @@ mod hostile_rules;
 mod known;
 mod link;
 mod local;
+mod lost;
 mod managers;
 mod memory;
 mod migrate;
