@@ -135,19 +135,14 @@ impl Hall {
         let own = self.crowds.get(&source).map_or(0, Crowd::size);
         let victim = self.ranks.iter().rev().take(LOOKED_AT).find_map(|(size, _, from)| {
             let crowd = self.crowds.get(from)?;
-            if *size > own || *from == source {
-                if let Some(oldest) = crowd.slow.keys().next() {
-                    return Some((*from, *oldest));
-                }
+            if let Some(oldest) = crowd.slow.keys().next().filter(|_| *size > own || *from == source) {
+                return Some((*from, *oldest));
             }
             let newest = crowd.ready.keys().next_back()?;
             (*size > own + 1).then_some((*from, *newest))
         });
         let Some((from, number)) = victim else { return false };
-        let out = self
-            .change(from, |crowd| crowd.slow.remove(&number).or_else(|| crowd.ready.remove(&number)))
-            .flatten();
-        if let Some(out) = out {
+        if let Some(out) = self.take_out(from, number) {
             self.taken -= 1;
             out.cancel();
         }

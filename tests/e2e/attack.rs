@@ -358,9 +358,9 @@ fn requests_that_never_end_on_both_ports() {
 /// and those that were closed without one.
 async fn guess(at: std::net::SocketAddr, per_second: u32, ending: CancellationToken) -> (u64, u64) {
     const AT_A_TIME: usize = 200;
-    let config = raw::client_config(ALPN_ENROLL, None).unwrap();
-    let key = rcgen::KeyPair::generate().unwrap();
-    let csr = rcgen::CertificateParams::default().serialize_request(&key).unwrap();
+    let config = raw::client_config(ALPN_ENROLL, None).expect("no identity is always right");
+    let key = rcgen::KeyPair::generate().expect("keys can be made");
+    let csr = rcgen::CertificateParams::default().serialize_request(&key).expect("requests can be made");
     let request = EnrollRequest {
         secret: [0; 32],
         csr: csr.der().to_vec(),
@@ -468,7 +468,7 @@ fn a_renegade_that_opens_links_without_end() {
 async fn storm(at: std::net::SocketAddr, config: Arc<ClientConfig>, ending: CancellationToken) -> u64 {
     let mut count = 0;
     let mut hello = bytes::BytesMut::new();
-    raw::hello().encode(&mut hello).unwrap();
+    raw::hello().encode(&mut hello).expect("a proper message fits");
     while !ending.is_cancelled() {
         let attempt = async {
             let stream = siege::connect(0, at).await?;
