@@ -7,12 +7,15 @@ mod backup;
 mod cli;
 mod config;
 mod dispatch;
+mod handshake;
 mod http;
 mod limits;
+mod lobby;
 mod mitigation;
 mod patterns;
 mod server;
 mod store;
+mod strangers;
 
 fn main() -> std::process::ExitCode {
     cli::run()

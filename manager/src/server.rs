@@ -3,21 +3,14 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use axum::Router;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
-use rustls::ServerConfig;
 use tm_protocol::ids::ManagerId;
 use tm_scanner::pool::WorkerProgram;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Notify, Semaphore, watch},
+    sync::{Notify, watch},
     time::{sleep, timeout},
 };
-use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -28,6 +21,7 @@ use crate::{
         enrollment::Guard,
         expiry,
         intake::Intake,
+        links::Links,
         listener::{self, Port},
         lookups::Lookups,
         meter::Meters,
@@ -40,6 +34,7 @@ use crate::{
     config::Config,
     dispatch,
     http::{self, AppState},
+    lobby,
     patterns::{
         Blobs,
         trust::{self, OnlineKeys},
@@ -49,10 +44,6 @@ use crate::{
 
 /// How long sessions and requests have to end.
 const DRAIN: Duration = Duration::from_secs(5);
-/// Administrators' links at a time; more are turned away.
-const ADMIN_LINKS: usize = 512;
-/// How long a handshake and a request's header may take on the administrators' port.
-const ADMIN_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the manager until it is told to end.
 pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
@@ -122,9 +113,13 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let bulk = Bulk::open(data, store.clone(), blobs, &config.limits)
         .context("cannot open the folders of transfers")?;
     loops.spawn(bulk.clone().sweep(ending.clone()));
-    let port = Port { tls: Arc::clone(&ports), bulk, guard: Guard::default(), shared };
+    let port =
+        Port { tls: Arc::clone(&ports), bulk, guard: Guard::default(), links: Links::default(), shared };
+    let agents = lobby::open(agents, listener::places(), ending.clone()).context("cannot wait for agents")?;
     loops.spawn(listener::run(agents, port));
-    loops.spawn(serve_admins(admins, admin_tls, router, ending.clone()));
+    let admins =
+        lobby::open(admins, http::port::LINKS, ending.clone()).context("cannot wait for administrators")?;
+    loops.spawn(http::port::serve(admins, admin_tls, router, ending.clone()));
     let told = registry.clone();
     let changed = move |authorities: &Authorities| {
         let _ = announce.send(authorities.issuing().digest());
@@ -191,40 +186,5 @@ fn raise_descriptor_limit() {
     let maximum = getrlimit(Resource::Nofile).maximum;
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
         tracing::warn!(%error, "Cannot raise the limit of open files.");
-    }
-}
-
-async fn serve_admins(
-    listener: TcpListener,
-    tls: Arc<ServerConfig>,
-    router: Router,
-    ending: CancellationToken,
-) {
-    let acceptor = TlsAcceptor::from(tls);
-    let links = Arc::new(Semaphore::new(ADMIN_LINKS));
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = ending.cancelled() => return,
-        };
-        let Ok((stream, _)) = accepted else {
-            sleep(Duration::from_millis(100)).await;
-            continue;
-        };
-        let Ok(permit) = Arc::clone(&links).try_acquire_owned() else { continue };
-        let (acceptor, router, ending) = (acceptor.clone(), router.clone(), ending.clone());
-        tokio::spawn(async move {
-            let _ = stream.set_nodelay(true);
-            let Ok(Ok(link)) = timeout(ADMIN_PATIENCE, acceptor.accept(stream)).await else { return };
-            let served = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(ADMIN_PATIENCE)
-                .serve_connection(TokioIo::new(link), TowerToHyperService::new(router));
-            tokio::select! {
-                _ = served => {}
-                () = ending.cancelled() => {}
-            }
-            drop(permit);
-        });
     }
 }

@@ -36,7 +36,7 @@ pub(crate) fn runtime() -> Runtime {
 }
 
 /// Enrolls so many that do not run yet.
-fn enroll(lab: &Lab, runtime: &Runtime, at: SocketAddr, count: u32) -> Vec<Persona> {
+pub(crate) fn enroll(lab: &Lab, runtime: &Runtime, at: SocketAddr, count: u32) -> Vec<Persona> {
     let token = lab.token(count);
     runtime.block_on(async {
         let mut personas = Vec::new();
@@ -51,13 +51,18 @@ fn enroll(lab: &Lab, runtime: &Runtime, at: SocketAddr, count: u32) -> Vec<Perso
     })
 }
 
-fn start(runtime: &Runtime, persona: Persona, at: SocketAddr, script: sim_agent::Script) -> SimAgent {
+pub(crate) fn start(
+    runtime: &Runtime,
+    persona: Persona,
+    at: SocketAddr,
+    script: sim_agent::Script,
+) -> SimAgent {
     let _entered = runtime.enter();
     SimAgent::start(persona, at, script)
 }
 
 /// Orders a scan of everybody, whether they are connected or not.
-fn order_scan(lab: &Lab) {
+pub(crate) fn order_scan(lab: &Lab) {
     lab.tmctl(["scan", "start", "--group", "default", "--when-connected", "--path", "/nowhere"]).expect(0);
 }
 
@@ -73,7 +78,7 @@ pub(crate) fn sql(lab: &Lab, query: &str) -> Vec<String> {
     String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
 }
 
-fn found(task: TaskId, path: String) -> ReportBody {
+pub(crate) fn found(task: TaskId, path: String) -> ReportBody {
     let detection = Detection {
         path: path.as_bytes().into(),
         member: vec![],
@@ -86,7 +91,7 @@ fn found(task: TaskId, path: String) -> ReportBody {
 }
 
 /// The one task of an agent, when it has come.
-fn task_of(agent: &SimAgent) -> TaskId {
+pub(crate) fn task_of(agent: &SimAgent) -> TaskId {
     wait_for("the order to arrive", PATIENCE, || agent.snapshot().assigned.keys().next().copied())
 }
 
@@ -230,7 +235,7 @@ fn a_locked_store_makes_agents_wait_and_costs_no_session() {
     }
 }
 
-fn descriptors(lab: &Lab) -> usize {
+pub(crate) fn descriptors(lab: &Lab) -> usize {
     fs::read_dir(format!("/proc/{}/fd", lab.manager().pid())).expect("it runs").count()
 }
 
@@ -400,7 +405,7 @@ fn p99(mut latencies: Vec<Duration>) -> Duration {
 }
 
 /// Every agent pings and reports five times a second; the 99th percentiles of answer and acknowledgement.
-async fn measure(
+pub(crate) async fn measure(
     agents: &[SimAgent],
     tasks: &[TaskId],
     phase: &str,
@@ -424,7 +429,7 @@ async fn measure(
     (p99(pings.concat()), p99(reports.concat()))
 }
 
-fn resident_mib(lab: &Lab) -> u64 {
+pub(crate) fn resident_mib(lab: &Lab) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", lab.manager().pid())).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
     line.and_then(|kib| kib.parse::<u64>().ok()).expect("the kernel says how much memory it holds") / 1024

@@ -3,6 +3,7 @@
 //! Every test has a control: it shows first that what it will find missing would have been seen.
 
 mod archives;
+mod attack;
 mod backup;
 mod bulk;
 mod certificates;
@@ -18,6 +19,7 @@ mod hostile_rules;
 mod known;
 mod link;
 mod local;
+mod lost;
 mod managers;
 mod memory;
 mod migrate;

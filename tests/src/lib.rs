@@ -17,6 +17,7 @@ pub mod postgres;
 pub mod process;
 pub mod raw;
 pub mod samples;
+pub mod siege;
 pub mod sim_agent;
 pub mod standalone;
 pub mod strace;

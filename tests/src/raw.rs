@@ -253,7 +253,7 @@ fn is_patience(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// If the identity's certificate and key do not belong together.
-pub(crate) fn client_config(alpn: &[u8], identity: Option<&Identity>) -> io::Result<Arc<ClientConfig>> {
+pub fn client_config(alpn: &[u8], identity: Option<&Identity>) -> io::Result<Arc<ClientConfig>> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[&rustls::version::TLS13])

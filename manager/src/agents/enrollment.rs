@@ -20,12 +20,17 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{LinkError, now_ms, read, session::Shared, write};
-use crate::store::enrollments::{NewEndpoint, TokenRefusal};
+use crate::{
+    store::enrollments::{NewEndpoint, TokenRefusal},
+    strangers::Place,
+};
 
 /// How long the request may take to arrive.
 const REQUEST: Duration = Duration::from_secs(10);
 /// Failures that one address may have in a minute.
 const FAILURES: u32 = 10;
+/// After how many it is not even told.
+const FLOOD: u32 = 100;
 const MINUTE: Duration = Duration::from_secs(60);
 /// Addresses remembered; beyond it the oldest minute is forgotten.
 const REMEMBERED: usize = 10_000;
@@ -36,10 +41,20 @@ pub(crate) struct Guard(Arc<Mutex<HashMap<IpAddr, (Instant, u32)>>>);
 
 impl Guard {
     fn is_blocked(&self, from: IpAddr, now: Instant) -> bool {
+        self.failures(from, now) >= FAILURES
+    }
+
+    /// Whether an address has failed so often that no handshake is done for it.
+    pub(crate) fn is_flooding(&self, from: IpAddr, now: Instant) -> bool {
+        self.failures(from, now) >= FLOOD
+    }
+
+    fn failures(&self, from: IpAddr, now: Instant) -> u32 {
         let failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         failures
             .get(&from)
-            .is_some_and(|(since, count)| *count >= FAILURES && now.duration_since(*since) < MINUTE)
+            .filter(|(since, _)| now.duration_since(*since) < MINUTE)
+            .map_or(0, |(_, count)| *count)
     }
 
     fn failed(&self, from: IpAddr, now: Instant) {
@@ -54,7 +69,7 @@ impl Guard {
         if now.duration_since(entry.0) >= MINUTE {
             *entry = (now, 0);
         }
-        entry.1 += 1;
+        entry.1 = entry.1.saturating_add(1);
     }
 }
 
@@ -62,6 +77,7 @@ impl Guard {
 pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
     link: &mut L,
     from: IpAddr,
+    place: &Place,
     guard: &Guard,
     shared: &Shared,
 ) -> Result<(), LinkError> {
@@ -77,7 +93,10 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
         | ToManager::Progress(_)
         | ToManager::Renew(_) => return Err(LinkError::Protocol("no enrollment request")),
     };
+    // A token is not used up for somebody who is shown out meanwhile.
+    place.is_ready();
     let reply = if guard.is_blocked(from, Instant::now()) {
+        guard.failed(from, Instant::now());
         refuse("too-many", "too many failed attempts from this address; try again in a minute")
     } else {
         let reply = decide(&request, shared).await?;
@@ -96,6 +115,11 @@ async fn decide(request: &EnrollRequest, shared: &Shared) -> Result<EnrollReply,
     if request.host.len() > 256 || request.agent_version.len() > 64 {
         return Ok(refuse("invalid", "the request is too long"));
     }
+    // A bad token costs a look, and neither a signature nor anybody's turn to write.
+    let token = Sha256::of(&request.secret);
+    if let Some(refusal) = shared.store.token_refusal(token, now_ms()).await.map_err(LinkError::Store)? {
+        return Ok(refused(refusal));
+    }
     let endpoint = EndpointId::new(Uuid::now_v7());
     let authorities = shared.authorities.now();
     let Ok(issued) = authorities.certify(endpoint, &request.csr) else {
@@ -107,20 +131,24 @@ async fn decide(request: &EnrollRequest, shared: &Shared) -> Result<EnrollReply,
         agent_version: &request.agent_version,
         certificate: issued.row(),
     };
-    let used =
-        shared.store.use_token(Sha256::of(&request.secret), new, now_ms()).await.map_err(LinkError::Store)?;
-    Ok(match used {
+    Ok(match shared.store.use_token(token, new, now_ms()).await.map_err(LinkError::Store)? {
         Ok(()) => EnrollReply::Enrolled {
             endpoint,
             certificate: issued.der,
             ca: authorities.issuing().certificate().to_vec(),
             addresses: shared.addresses.get(),
         },
-        Err(TokenRefusal::Unknown) => refuse("token-unknown", "this manager knows no such enrollment token"),
-        Err(TokenRefusal::Revoked) => refuse("token-revoked", "the enrollment token has been revoked"),
-        Err(TokenRefusal::Expired) => refuse("token-expired", "the enrollment token has expired"),
-        Err(TokenRefusal::UsedUp) => refuse("token-used-up", "the enrollment token has been used up"),
+        Err(refusal) => refused(refusal),
     })
+}
+
+fn refused(refusal: TokenRefusal) -> EnrollReply {
+    match refusal {
+        TokenRefusal::Unknown => refuse("token-unknown", "this manager knows no such enrollment token"),
+        TokenRefusal::Revoked => refuse("token-revoked", "the enrollment token has been revoked"),
+        TokenRefusal::Expired => refuse("token-expired", "the enrollment token has expired"),
+        TokenRefusal::UsedUp => refuse("token-used-up", "the enrollment token has been used up"),
+    }
 }
 
 fn refuse(code: &str, message: &str) -> EnrollReply {
@@ -140,6 +168,11 @@ mod tests {
         }
         assert!(guard.is_blocked(from, start));
         assert!(!guard.is_blocked(IpAddr::from([192, 0, 2, 2]), start));
-        assert!(!guard.is_blocked(from, start + MINUTE));
+        assert!(!guard.is_flooding(from, start));
+        for _ in FAILURES..FLOOD {
+            guard.failed(from, start);
+        }
+        assert!(guard.is_flooding(from, start));
+        assert!(!guard.is_blocked(from, start + MINUTE) && !guard.is_flooding(from, start + MINUTE));
     }
 }

@@ -1,72 +1,73 @@
 //! The agents' port: strangers are kept few, short and apart from those who are known.
 //!
-//! **Invariant:** until a client has proven who it is it holds a stranger's permit and a time limit; agents
+//! **Invariant:** until a client has proven who it is it holds a stranger's place and a time limit; agents
 //! with a session hold none, so strangers can never use up their places.
+//! **Invariant:** one endpoint never has more than a few links, whether it says anything over them or not.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use rustls::server::Acceptor;
 use tm_protocol::{ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL, ALPN_RENEW, ids::EndpointId};
 use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    time::{Instant, sleep, timeout},
+    net::TcpStream,
+    sync::mpsc,
+    time::{Instant, timeout},
 };
-use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
+use tokio_rustls::{StartHandshake, server::TlsStream};
 
 use super::{
     LinkError, bulk,
     enrollment::{self, Guard},
+    links::{Held, Kind, Links},
     renewal,
     session::{self, Shared},
     tls::{Peer, Ports, peer},
 };
-use crate::store::enrollments::CertificateStatus;
+use crate::{handshake, lobby::Heard, store::enrollments::CertificateStatus, strangers::Place};
 
-/// Links that have not proven who they are. The oldest of them is at most [`HANDSHAKE`] old.
+/// Links that have not proven who they are, at most.
 const STRANGERS: usize = 4096;
-/// How long the first byte may take.
-const FIRST_BYTE: Duration = Duration::from_secs(5);
-/// How long the whole handshake may.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-
 /// What the port works with.
 #[derive(Clone)]
 pub(crate) struct Port {
     pub(crate) tls: Arc<Ports>,
     pub(crate) bulk: bulk::Bulk,
     pub(crate) guard: Guard,
+    pub(crate) links: Links,
     pub(crate) shared: Shared,
 }
 
-/// Accepts until the manager ends.
-pub(crate) async fn run(listener: TcpListener, port: Port) {
-    let strangers = Arc::new(Semaphore::new(STRANGERS));
+/// Serves whoever comes out of the lobby, until the manager ends.
+pub(crate) async fn run(mut lobby: mpsc::Receiver<Heard>, port: Port) {
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let heard = tokio::select! {
+            heard = lobby.recv() => heard,
             () = port.shared.ending.cancelled() => return,
         };
-        let (stream, from) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of descriptors, mostly: whoever waits in the backlog is served when some are free.
-                tracing::warn!(%error, "Cannot accept.");
-                sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        // Full: the newest stranger is turned away, and an agent among them tries again with jitter.
-        let Ok(permit) = Arc::clone(&strangers).try_acquire_owned() else { continue };
+        let Some(heard) = heard else { return };
         let port = port.clone();
         tokio::spawn(async move {
-            match timeout(HANDSHAKE, greet(stream, &port)).await {
-                Ok(Ok(known)) => serve(known, from, permit, &port).await,
-                Ok(Err(error)) => tracing::debug!(%from, %error, "No handshake."),
-                Err(_) => tracing::debug!(%from, "A handshake takes too long."),
+            let (start, from, place) = match heard.start() {
+                Ok(started) => started,
+                Err(error) => return tracing::warn!(%error, "Cannot take a link over."),
+            };
+            let greeted = tokio::select! {
+                greeted = greet(start, from, &place, &port) => greeted,
+                () = place.is_lost() => Err(io::Error::other("another one needs the place")),
+            };
+            match greeted {
+                Ok(greeted) => serve(greeted, from, place, &port).await,
+                Err(error) => tracing::debug!(%from, %error, "No handshake."),
             }
         });
     }
+}
+
+/// How many strangers there may be. They take a quarter of the descriptors at most: the others are for those who are
+/// known.
+pub(crate) fn places() -> usize {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let quarter = descriptors.map_or(usize::MAX, |most| usize::try_from(most / 4).unwrap_or(usize::MAX));
+    STRANGERS.min(quarter)
 }
 
 /// A link after its handshake.
@@ -77,67 +78,86 @@ enum Greeted {
     Renew(Box<TlsStream<TcpStream>>),
 }
 
-async fn greet(stream: TcpStream, port: &Port) -> io::Result<Greeted> {
-    let _ = stream.set_nodelay(true);
-    timeout(FIRST_BYTE, stream.peek(&mut [0])).await.map_err(|_| io::ErrorKind::TimedOut)??;
-    let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+async fn greet(
+    start: StartHandshake<TcpStream>,
+    from: SocketAddr,
+    place: &Place,
+    port: &Port,
+) -> io::Result<Greeted> {
     let offered: Vec<Vec<u8>> =
         start.client_hello().alpn().map(|names| names.map(<[u8]>::to_vec).collect()).unwrap_or_default();
     let tls = port.tls.now();
     let offers = |name: &[u8]| offered.iter().any(|offer| offer == name);
     if offers(ALPN_CONTROL) {
-        Ok(Greeted::Control(Box::new(start.into_stream(Arc::clone(&tls.control)).await?)))
+        Ok(Greeted::Control(handshake::shake(start, tls.control, place).await?))
     } else if offers(ALPN_BULK) {
-        Ok(Greeted::Bulk(Box::new(start.into_stream(Arc::clone(&tls.bulk)).await?)))
+        Ok(Greeted::Bulk(handshake::shake(start, tls.bulk, place).await?))
     } else if offers(ALPN_ENROLL) {
-        Ok(Greeted::Enroll(Box::new(start.into_stream(Arc::clone(&tls.enroll)).await?)))
+        if port.guard.is_flooding(from.ip(), Instant::now().into_std()) {
+            return Err(io::Error::other("it has failed to enroll far too often"));
+        }
+        Ok(Greeted::Enroll(handshake::shake(start, tls.enroll, place).await?))
     } else if offers(ALPN_RENEW) {
-        Ok(Greeted::Renew(Box::new(start.into_stream(Arc::clone(&tls.renew)).await?)))
+        Ok(Greeted::Renew(handshake::shake(start, tls.renew, place).await?))
     } else {
         Err(io::Error::other("it names no protocol of ours"))
     }
 }
 
-async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSemaphorePermit, port: &Port) {
+/// Counts one more link of an endpoint, which is no stranger any more; `None` if it has enough.
+fn admit(endpoint: EndpointId, kind: Kind, place: Place, port: &Port) -> Option<Held> {
+    drop(place);
+    let held = port.links.enter(endpoint, kind);
+    let now = Instant::now().into_std();
+    if held.is_none() && port.shared.meters.of(endpoint, now).may_log(now) {
+        tracing::warn!(%endpoint, ?kind, "An endpoint opens more links than any agent needs; the newest is closed.");
+    }
+    held
+}
+
+async fn serve(greeted: Greeted, from: SocketAddr, place: Place, port: &Port) {
     match greeted {
         Greeted::Control(mut link) => {
+            place.is_ready();
             let peer = match judge(&link, port).await {
                 Judged::Good(peer) => peer,
                 // It is told, so that whoever looks at the endpoint sees why it stays away.
                 Judged::Revoked => {
                     session::shut_out(&mut *link).await;
-                    let _ =
-                        timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
+                    end(&mut link).await;
                     return;
                 }
                 Judged::Bad => return,
             };
-            drop(permit);
+            let Some(_held) = admit(peer.endpoint, Kind::Control, place, port) else { return };
             let error = session::run(&mut *link, peer.endpoint, &port.shared).await;
             log_end(peer.endpoint, &error, port);
-            // The end is said properly, so that the agent sees it at once.
-            let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
+            end(&mut link).await;
         }
         Greeted::Bulk(mut link) => {
+            place.is_ready();
             if let Judged::Good(peer) = judge(&link, port).await {
-                drop(permit);
+                let Some(_held) = admit(peer.endpoint, Kind::Bulk, place, port) else { return };
                 link.get_mut().1.set_buffer_limit(Some(bulk::PIECE));
-                let place = port.shared.registry.enter_bulk(peer.endpoint);
+                let cut = port.shared.registry.enter_bulk(peer.endpoint);
                 tokio::select! {
                     () = bulk::run(*link, peer, port.bulk.clone()) => {}
-                    () = place.cut() => {}
+                    () = cut.cut() => {}
                 }
             }
         }
         Greeted::Enroll(mut link) => {
-            let done = enrollment::run(&mut *link, from.ip(), &port.guard, &port.shared).await;
+            let done = tokio::select! {
+                done = enrollment::run(&mut *link, from.ip(), &place, &port.guard, &port.shared) => done,
+                () = place.is_lost() => Err(LinkError::Replaced),
+            };
             if let Err(error) = done {
                 tracing::debug!(%from, %error, "An enrollment ended.");
             }
-            let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
-            drop(permit);
+            end(&mut link).await;
         }
         Greeted::Renew(mut link) => {
+            place.is_ready();
             match judge(&link, port).await {
                 Judged::Good(peer) => {
                     if let Err(error) = renewal::run(&mut *link, peer.endpoint, &port.shared).await {
@@ -149,10 +169,14 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
                 }
                 Judged::Bad => {}
             }
-            let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut *link)).await;
-            drop(permit);
+            end(&mut link).await;
         }
     }
+}
+
+/// The end is said properly, so that the client sees it at once.
+async fn end(link: &mut TlsStream<TcpStream>) {
+    let _ = timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(link)).await;
 }
 
 /// Says that a session ended, unless this endpoint has filled enough of the log.

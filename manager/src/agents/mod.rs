@@ -9,6 +9,7 @@ pub(crate) mod doors;
 pub(crate) mod enrollment;
 pub(crate) mod expiry;
 pub(crate) mod intake;
+pub(crate) mod links;
 pub(crate) mod listener;
 pub(crate) mod lookups;
 pub(crate) mod meter;

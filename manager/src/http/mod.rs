@@ -15,6 +15,7 @@ mod events;
 mod input;
 mod orders;
 mod patterns;
+pub(crate) mod port;
 mod restores;
 mod scans;
 mod status;
@@ -45,6 +46,7 @@ use crate::{
     addresses::Addresses,
     patterns::{Blobs, trust::OnlineKeys},
     store::Store,
+    strangers::Place,
 };
 
 const MIB: usize = 1 << 20;
@@ -208,6 +210,9 @@ async fn guard(
     let served = async {
         match authorize(&state, route.permission, digest).await {
             Ok(actor) => {
+                if let Some(place) = request.extensions().get::<Arc<Place>>() {
+                    place.is_known();
+                }
                 request.extensions_mut().insert(actor);
                 next.run(request).await
             }

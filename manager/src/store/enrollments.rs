@@ -42,6 +42,31 @@ pub(crate) enum CertificateStatus {
 }
 
 impl Store {
+    /// Whether a token lets nobody in, as far as a look shows that holds up nobody who writes.
+    pub(crate) async fn token_refusal(
+        &self,
+        secret_digest: Sha256,
+        now_ms: i64,
+    ) -> Result<Option<TokenRefusal>, StoreError> {
+        let row = sqlx::query(
+            "SELECT uses, used, expires_ms, revoked_ms FROM enrollment_token WHERE secret_digest = $1",
+        )
+        .bind(secret_digest.to_string())
+        .fetch_optional(self.reader())
+        .await
+        .map_err(StoreError::query("look a token up"))?;
+        let Some(row) = row else { return Ok(Some(TokenRefusal::Unknown)) };
+        Ok(if row.get::<Option<i64>, _>(3).is_some() {
+            Some(TokenRefusal::Revoked)
+        } else if row.get::<i64, _>(2) <= now_ms {
+            Some(TokenRefusal::Expired)
+        } else if row.get::<i64, _>(1) >= row.get::<i64, _>(0) {
+            Some(TokenRefusal::UsedUp)
+        } else {
+            None
+        })
+    }
+
     /// Counts one use of the token and enters the endpoint, with its certificate and audit record, in one
     /// transaction.
     pub(crate) async fn use_token(

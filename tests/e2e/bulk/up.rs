@@ -1,6 +1,6 @@
 //! Files up: resumed where they stood, and nothing that is not right.
 
-use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use rustls::ClientConfig;
 use serde_json::Value;
@@ -86,6 +86,45 @@ fn an_upload_over_a_link_that_is_cut_20_times_sends_hardly_anything_twice() {
     println!("{} cuts, {} bytes for each besides", proxy.cuts(), twice / proxy.cuts());
     // What of a part is on its way when the link is cut is lost, and a handshake comes with each link.
     assert!(twice < proxy.cuts() * (PART as u64 + (16 << 10)), "{twice} bytes, {} cuts", proxy.cuts());
+    assert!(fs::read(folder(&lab).join(format!("{id}.whole"))).unwrap() == bytes);
+}
+
+/// Goes on with an upload over one new link, a part at a time, until it is whole.
+async fn go_on(at: SocketAddr, config: &Arc<ClientConfig>, id: &str, bytes: &[u8]) -> io::Result<()> {
+    let mut link = BulkLink::connect(at, Arc::clone(config)).await?;
+    let head = link.ask(&format!("HEAD /v1/uploads/{id}"), "", &[]).await?;
+    let offset = head.number("upload-offset").ok_or(io::ErrorKind::NotFound)?;
+    let mut from = usize::try_from(offset).map_err(io::Error::other)?;
+    while from < bytes.len() {
+        let part = &bytes[from..bytes.len().min(from + PART)];
+        let headers = format!("Upload-Offset: {from}\r\n");
+        let sent = link.ask(&format!("PUT /v1/uploads/{id}"), &headers, part).await?;
+        assert_eq!(sent.status, 200, "{sent:?}");
+        from += part.len();
+    }
+    Ok(())
+}
+
+#[test]
+fn a_flipped_bit_costs_an_upload_its_link_and_never_a_byte() {
+    let (lab, runtime) = (Lab::start(), runtime());
+    let proxy = FaultProxy::start(lab.agent_port);
+    let config = enrolled(&lab, &runtime, 1).remove(0);
+    let bytes = content(4 << 20);
+    let id = runtime.block_on(async {
+        let id = begin(&mut connect(&lab, &config).await, &bytes).await;
+        // In either handshake, in a part, in what answers a part.
+        for (way, at) in [(Way::Up, 100), (Way::Down, 1_000), (Way::Up, 300_000), (Way::Down, 3_000)] {
+            let flips = proxy.flips();
+            proxy.flip(way, Some(at));
+            let ended = go_on(proxy.address(), &config, &id, &bytes).await;
+            assert!(ended.is_err(), "{way:?} {at}: the link ends");
+            assert_eq!(proxy.flips(), flips + 1, "{way:?} {at}");
+            proxy.flip(way, None);
+        }
+        go_on(proxy.address(), &config, &id, &bytes).await.expect("the control: without a fault it goes on");
+        id
+    });
     assert!(fs::read(folder(&lab).join(format!("{id}.whole"))).unwrap() == bytes);
 }
 

@@ -75,6 +75,8 @@ const LINK: Duration = Duration::from_secs(600);
 /// link.
 const LOOK: Duration = Duration::from_secs(2);
 const LOOKS: u32 = 15;
+/// Bytes that have to move between two looks, or one of them was in vain: any network moves more.
+const SLOWEST: u64 = 1024;
 /// How often is looked for uploads that are too old.
 const SWEEP: Duration = Duration::from_secs(600);
 /// What is kept of a link's bytes before they are taken up, at most.
@@ -164,7 +166,7 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(link
             _ = looks.tick() => {
                 let bytes = moved.bytes.load(Ordering::Relaxed);
                 let is_idle = moved.open.load(Ordering::Relaxed) == 0;
-                in_vain = if is_idle || bytes != seen { 0 } else { in_vain + 1 };
+                in_vain = if is_idle || bytes - seen >= SLOWEST { 0 } else { in_vain + 1 };
                 seen = bytes;
                 if in_vain > LOOKS || !is_idle && inner.certified(&peer).await == Certified::No {
                     return;
