@@ -22,6 +22,8 @@ const DAY_S: u64 = 86_400;
 pub(crate) struct Config {
     pub(crate) agent_listen: SocketAddr,
     pub(crate) admin_listen: SocketAddr,
+    /// Where metrics are read without a token: on this machine only.
+    pub(crate) metrics_listen: Option<SocketAddr>,
     /// Under which agents reach this manager: `None` means the port of `agent_listen`.
     pub(crate) public_names: Vec<(String, Option<u16>)>,
     pub(crate) database: Option<String>,
@@ -41,6 +43,7 @@ pub(crate) struct Config {
 struct Raw {
     agent_listen: String,
     admin_listen: String,
+    metrics_listen: Option<String>,
     public_names: Vec<String>,
     database: Option<String>,
     patterns: Option<PathBuf>,
@@ -134,6 +137,7 @@ impl TryFrom<Raw> for Config {
         Ok(Self {
             agent_listen: socket("agent_listen", &raw.agent_listen)?,
             admin_listen: socket("admin_listen", &raw.admin_listen)?,
+            metrics_listen: raw.metrics_listen.as_deref().map(loopback).transpose()?,
             public_names,
             database: raw.database,
             patterns: raw.patterns.map(absolute).transpose()?,
@@ -152,6 +156,17 @@ fn absolute(path: PathBuf) -> Result<PathBuf, ConfigError> {
     }
     let value = path.display().to_string();
     Err(ConfigError::Value { key: "patterns", value, expected: "a path from the root (`/…`)" })
+}
+
+/// An address that only this machine reaches.
+fn loopback(text: &str) -> Result<SocketAddr, ConfigError> {
+    let address = text.parse::<SocketAddr>().ok().filter(|at| at.port() != 0 && at.ip().is_loopback());
+    address.ok_or_else(|| ConfigError::Value {
+        key: "metrics_listen",
+        value: text.to_owned(),
+        expected: "a loopback address and a port, like `127.0.0.1:9433` (elsewhere, read /metrics on `admin_listen` \
+                   with a token)",
+    })
 }
 
 /// A name alone, or one with the port of whatever forwards to the manager.
@@ -222,6 +237,10 @@ pub(crate) fn render(
 # Where agents connect, and where administrators (tmctl) do.
 agent_listen = "{agent}"
 admin_listen = "{admin}"
+
+# Where /metrics, /healthz and /readyz are read without TLS and without a token: an address of this machine only.
+# They are on admin_listen too, where /metrics needs an account's token.
+# metrics_listen = "127.0.0.1:9433"
 
 # Names and addresses under which agents reach this manager; they stand in enrollment tokens. With a port
 # ("m.example:443", "[2001:db8::1]:443") where something forwards from another one.
@@ -299,6 +318,9 @@ mod tests {
             ("90d", "99999999999999999d"),
             ("[::]:1", "nowhere"),
             ("log =", "logg ="),
+            ("# metrics_listen = \"127.0.0.1", "metrics_listen = \"0.0.0.0"),
+            ("# metrics_listen = \"127.0.0.1:9433", "metrics_listen = \"127.0.0.1:0"),
+            ("# metrics_listen = \"127.0.0.1:9433", "metrics_listen = \"localhost:9433"),
             ("names = []", "names = [\"m:0\"]"),
             ("names = []", "names = [\"a b\"]"),
             ("# patterns = \"/", "patterns = \""),

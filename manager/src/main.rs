@@ -9,6 +9,7 @@ mod config;
 mod dispatch;
 mod http;
 mod limits;
+mod metrics;
 mod mitigation;
 mod patterns;
 mod server;

@@ -12,6 +12,7 @@ use rustls::ServerConfig;
 use tm_protocol::ids::ManagerId;
 use tm_scanner::pool::WorkerProgram;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{Notify, Semaphore, watch},
@@ -38,7 +39,10 @@ use crate::{
     cli,
     config::Config,
     dispatch,
-    http::{self, AppState},
+    http::{
+        self, AppState,
+        probes::{self, Probes},
+    },
     patterns::{
         Blobs,
         trust::{self, OnlineKeys},
@@ -50,6 +54,8 @@ use crate::{
 const DRAIN: Duration = Duration::from_secs(5);
 /// Administrators' links at a time; more are turned away.
 const ADMIN_LINKS: usize = 512;
+/// Links of monitoring at a time; the same.
+const MONITOR_LINKS: usize = 16;
 /// How long a handshake and a request's header may take on the administrators' port.
 const ADMIN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -82,6 +88,14 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let admins = TcpListener::bind(config.admin_listen)
         .await
         .with_context(|| format!("cannot listen for administrators on {}", config.admin_listen))?;
+    let monitors = match config.metrics_listen {
+        None => None,
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .with_context(|| format!("cannot listen for monitoring on {address}"))?,
+        ),
+    };
 
     let ending = CancellationToken::new();
     let loops = TaskTracker::new();
@@ -105,6 +119,8 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     };
     let (announce, ca_sha256) = watch::channel(present.issuing().digest());
     let cuts = ca_sha256.clone();
+    let folders = vec![data.to_owned(), config.patterns(data)];
+    let probes = Probes::new(store.clone(), manager, folders, ending.clone());
     let router = http::router(AppState {
         store: store.clone(),
         blobs: blobs.clone(),
@@ -115,6 +131,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         fleet: present.fleet(),
         trust: Arc::clone(&trust),
         worker: WorkerProgram::this(),
+        probes: Arc::clone(&probes),
     });
     let ports = Arc::new(tls::Ports::new(agent_tls));
     let bulk = Bulk::open(data, store.clone(), blobs, &config.limits)
@@ -122,6 +139,9 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(bulk.clone().sweep(ending.clone()));
     let port = Port { tls: Arc::clone(&ports), bulk, guard: Guard::default(), shared };
     loops.spawn(listener::run(agents, port));
+    if let Some(listener) = monitors {
+        loops.spawn(serve_monitors(listener, probes::local(probes), ending.clone()));
+    }
     loops.spawn(serve_admins(admins, admin_tls, router, ending.clone()));
     let told = registry.clone();
     let changed = move |authorities: &Authorities| {
@@ -147,6 +167,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         _ = interrupt.recv() => {}
     }
     tracing::info!("The manager ends.");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     ending.cancel();
     loops.close();
     let _ = timeout(DRAIN, loops.wait()).await;
@@ -214,15 +235,45 @@ async fn serve_admins(
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
             let Ok(Ok(link)) = timeout(ADMIN_PATIENCE, acceptor.accept(stream)).await else { return };
-            let served = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(ADMIN_PATIENCE)
-                .serve_connection(TokioIo::new(link), TowerToHyperService::new(router));
-            tokio::select! {
-                _ = served => {}
-                () = ending.cancelled() => {}
-            }
+            serve_link(link, router, &ending).await;
             drop(permit);
         });
+    }
+}
+
+/// Serves whoever monitors this manager, without TLS: the address is of this machine.
+async fn serve_monitors(listener: TcpListener, router: Router, ending: CancellationToken) {
+    let links = Arc::new(Semaphore::new(MONITOR_LINKS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = ending.cancelled() => return,
+        };
+        let Ok((stream, _)) = accepted else {
+            sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let Ok(permit) = Arc::clone(&links).try_acquire_owned() else { continue };
+        let (router, ending) = (router.clone(), ending.clone());
+        tokio::spawn(async move {
+            serve_link(stream, router, &ending).await;
+            drop(permit);
+        });
+    }
+}
+
+/// Answers requests until the other side, or the manager, ends.
+async fn serve_link<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    link: L,
+    router: Router,
+    ending: &CancellationToken,
+) {
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(ADMIN_PATIENCE)
+        .serve_connection(TokioIo::new(link), TowerToHyperService::new(router));
+    tokio::select! {
+        _ = served => {}
+        () = ending.cancelled() => {}
     }
 }

@@ -20,6 +20,7 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{LinkError, now_ms, read, session::Shared, write};
+use crate::metrics::METRICS;
 use crate::store::enrollments::{NewEndpoint, TokenRefusal};
 
 /// How long the request may take to arrive.
@@ -86,6 +87,7 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
         }
         reply
     };
+    METRICS.enrollment(matches!(reply, EnrollReply::Enrolled { .. }));
     if let EnrollReply::Refused(failure) = &reply {
         tracing::info!(%from, code = failure.code, "An enrollment is refused.");
     }

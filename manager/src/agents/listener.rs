@@ -9,7 +9,7 @@ use rustls::server::Acceptor;
 use tm_protocol::{ALPN_BULK, ALPN_CONTROL, ALPN_ENROLL, ALPN_RENEW, ids::EndpointId};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep, timeout},
 };
 use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
@@ -21,7 +21,10 @@ use super::{
     session::{self, Shared},
     tls::{Peer, Ports, peer},
 };
-use crate::store::enrollments::CertificateStatus;
+use crate::{
+    metrics::{Held, METRICS},
+    store::enrollments::CertificateStatus,
+};
 
 /// Links that have not proven who they are. The oldest of them is at most [`HANDSHAKE`] old.
 const STRANGERS: usize = 4096;
@@ -42,14 +45,19 @@ pub(crate) struct Port {
 /// Accepts until the manager ends.
 pub(crate) async fn run(listener: TcpListener, port: Port) {
     let strangers = Arc::new(Semaphore::new(STRANGERS));
+    let _listening = Listening::begin();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = port.shared.ending.cancelled() => return,
         };
         let (stream, from) = match accepted {
-            Ok(accepted) => accepted,
+            Ok(accepted) => {
+                METRICS.agent_port_listening.set(1);
+                accepted
+            }
             Err(error) => {
+                METRICS.agent_port_listening.set(0);
                 // Out of descriptors, mostly: whoever waits in the backlog is served when some are free.
                 tracing::warn!(%error, "Cannot accept.");
                 sleep(Duration::from_millis(100)).await;
@@ -57,16 +65,52 @@ pub(crate) async fn run(listener: TcpListener, port: Port) {
             }
         };
         // Full: the newest stranger is turned away, and an agent among them tries again with jitter.
-        let Ok(permit) = Arc::clone(&strangers).try_acquire_owned() else { continue };
+        let Ok(permit) = Arc::clone(&strangers).try_acquire_owned() else {
+            METRICS.handshake("turned-away");
+            continue;
+        };
+        let permit = Stranger { _permit: permit, _held: Held::one(METRICS.links_unproven.clone()) };
         let port = port.clone();
         tokio::spawn(async move {
             match timeout(HANDSHAKE, greet(stream, &port)).await {
                 Ok(Ok(known)) => serve(known, from, permit, &port).await,
-                Ok(Err(error)) => tracing::debug!(%from, %error, "No handshake."),
-                Err(_) => tracing::debug!(%from, "A handshake takes too long."),
+                Ok(Err(error)) => {
+                    METRICS.handshake(if error.kind() == io::ErrorKind::TimedOut {
+                        "timeout"
+                    } else {
+                        "failed"
+                    });
+                    tracing::debug!(%from, %error, "No handshake.");
+                }
+                Err(_) => {
+                    METRICS.handshake("timeout");
+                    tracing::debug!(%from, "A handshake takes too long.");
+                }
             }
         });
     }
+}
+
+/// As long as this lives, the port is listened on.
+struct Listening;
+
+impl Listening {
+    fn begin() -> Self {
+        METRICS.agent_port_listening.set(1);
+        Self
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        METRICS.agent_port_listening.set(0);
+    }
+}
+
+/// A stranger's permit.
+struct Stranger {
+    _permit: OwnedSemaphorePermit,
+    _held: Held,
 }
 
 /// A link after its handshake.
@@ -98,7 +142,7 @@ async fn greet(stream: TcpStream, port: &Port) -> io::Result<Greeted> {
     }
 }
 
-async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSemaphorePermit, port: &Port) {
+async fn serve(greeted: Greeted, from: SocketAddr, permit: Stranger, port: &Port) {
     match greeted {
         Greeted::Control(mut link) => {
             let peer = match judge(&link, port).await {
@@ -129,6 +173,7 @@ async fn serve(greeted: Greeted, from: SocketAddr, permit: tokio::sync::OwnedSem
             }
         }
         Greeted::Enroll(mut link) => {
+            METRICS.handshake("completed");
             let done = enrollment::run(&mut *link, from.ip(), &port.guard, &port.shared).await;
             if let Err(error) = done {
                 tracing::debug!(%from, %error, "An enrollment ended.");
@@ -184,6 +229,12 @@ enum Judged {
 
 /// Who the client is, and whether it may come in.
 async fn judge(link: &TlsStream<TcpStream>, port: &Port) -> Judged {
+    let judged = look_at(link, port).await;
+    METRICS.handshake(if matches!(judged, Judged::Good(_)) { "completed" } else { "refused" });
+    judged
+}
+
+async fn look_at(link: &TlsStream<TcpStream>, port: &Port) -> Judged {
     let certificate = link.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let Some(peer) =
         certificate.and_then(|certificate| peer(certificate, port.shared.authorities.now().fleet()))
