@@ -8,10 +8,11 @@ use std::{
 };
 
 use serde::Deserialize;
-use tm_protocol::address::Address;
+use tm_protocol::{address::Address, log::Format};
 
 use super::{
     agents::ca::DEFAULT_LIFE,
+    forward::settings::{self, Export, ExportError, RawExport},
     limits::{self, Limits, RawLimits},
 };
 
@@ -33,9 +34,12 @@ pub(crate) struct Config {
     /// and a dead link is to be seen within a minute).
     pub(crate) heartbeat: Duration,
     pub(crate) log: String,
+    pub(crate) log_format: Format,
     /// How long a certificate is good for, 10 s to 825 days.
     pub(crate) certificate_life: Duration,
     pub(crate) limits: Limits,
+    /// Where threat events go.
+    pub(crate) exports: Vec<Export>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -51,10 +55,13 @@ struct Raw {
     heartbeat: String,
     #[serde(default = "default_log")]
     log: String,
+    log_format: Option<String>,
     #[serde(default = "default_life")]
     certificate_life: String,
     #[serde(default)]
     limits: RawLimits,
+    #[serde(default)]
+    export: Vec<RawExport>,
 }
 
 /// Why there is no configuration.
@@ -64,6 +71,8 @@ pub(crate) enum ConfigError {
     Read { path: String, source: io::Error },
     #[error("`{path}` is not a configuration")]
     Syntax { path: String, source: Box<toml::de::Error> },
+    #[error(transparent)]
+    Export(#[from] ExportError),
     #[error("`{key}`: `{value}` is not {expected}")]
     Value { key: &'static str, value: String, expected: &'static str },
 }
@@ -143,8 +152,15 @@ impl TryFrom<Raw> for Config {
             patterns: raw.patterns.map(absolute).transpose()?,
             heartbeat,
             log: raw.log,
+            log_format: match &raw.log_format {
+                None => Format::default(),
+                Some(word) => {
+                    Format::from_word(word).ok_or_else(|| value("log_format", word, Format::WORDS))?
+                }
+            },
             certificate_life,
             limits: raw.limits.try_into()?,
+            exports: settings::read(raw.export)?,
         })
     }
 }
@@ -262,8 +278,12 @@ certificate_life = "90d"
 # What is logged: error, warn, info, debug, trace, or a tracing filter.
 log = "info"
 
-{}"#,
-        limits::TEMPLATE
+# How: "text" for people, or "json", one object a line (timestamp, level, target, fields).
+log_format = "text"
+
+{}{}"#,
+        limits::TEMPLATE,
+        settings::TEMPLATE
     )
 }
 
@@ -318,6 +338,7 @@ mod tests {
             ("90d", "99999999999999999d"),
             ("[::]:1", "nowhere"),
             ("log =", "logg ="),
+            ("format = \"text", "format = \"xml"),
             ("# metrics_listen = \"127.0.0.1", "metrics_listen = \"0.0.0.0"),
             ("# metrics_listen = \"127.0.0.1:9433", "metrics_listen = \"127.0.0.1:0"),
             ("# metrics_listen = \"127.0.0.1:9433", "metrics_listen = \"localhost:9433"),

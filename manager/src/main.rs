@@ -7,6 +7,7 @@ mod backup;
 mod cli;
 mod config;
 mod dispatch;
+mod forward;
 mod http;
 mod limits;
 mod metrics;

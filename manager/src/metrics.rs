@@ -54,6 +54,10 @@ pub(crate) struct Metrics {
     pub(crate) endpoints: IntGauge,
     pub(crate) incidents_open: IntGauge,
     certificate_expiry: prometheus::GaugeVec,
+    exported: IntCounterVec,
+    export_failures: IntCounterVec,
+    export_lag: IntGaugeVec,
+    export_lag_seconds: prometheus::GaugeVec,
     requests: IntCounterVec,
     pub(crate) request: Histogram,
 }
@@ -139,6 +143,26 @@ impl Metrics {
                 "tm_certificate_expiry_timestamp_seconds",
                 "When the first of this manager's own certificates of a kind ends, in seconds since 1970.",
                 &["certificate"],
+            ),
+            exported: make.counters(
+                "tm_export_events_total",
+                "Threat events that an exporter's receiver took, those that it got twice counted twice.",
+                &["exporter"],
+            ),
+            export_failures: make.counters(
+                "tm_export_failures_total",
+                "Batches of threat events that did not get to an exporter's receiver.",
+                &["exporter"],
+            ),
+            export_lag: make.gauges(
+                "tm_export_lag_events",
+                "Threat events that an exporter has not dealt with yet.",
+                &["exporter"],
+            ),
+            export_lag_seconds: make.floats(
+                "tm_export_lag_seconds",
+                "Age of the oldest of these; 0 if there is none.",
+                &["exporter"],
             ),
             requests: make.counters(
                 "tm_api_requests_total",
@@ -243,6 +267,29 @@ impl Metrics {
     #[expect(clippy::cast_precision_loss, reason = "a double tells milliseconds apart for 280,000 years")]
     pub(crate) fn certificate(&self, kind: &'static str, end_ms: i64) {
         self.certificate_expiry.with_label_values(&[kind]).set(end_ms as f64 / 1000.0);
+    }
+
+    /// Makes the series of an exporter: its name comes from the configuration.
+    pub(crate) fn exporter(&self, name: &str) {
+        self.exported(name, 0);
+        let _ = self.export_failures.with_label_values(&[name]);
+        self.export_lag(name, 0, 0.0);
+    }
+
+    /// Counts events that a receiver took.
+    pub(crate) fn exported(&self, name: &str, count: usize) {
+        self.exported.with_label_values(&[name]).inc_by(u64::try_from(count).unwrap_or(u64::MAX));
+    }
+
+    /// Counts a batch that did not get through.
+    pub(crate) fn export_failed(&self, name: &str) {
+        self.export_failures.with_label_values(&[name]).inc();
+    }
+
+    /// How far behind an exporter is.
+    pub(crate) fn export_lag(&self, name: &str, events: i64, seconds: f64) {
+        self.export_lag.with_label_values(&[name]).set(events);
+        self.export_lag_seconds.with_label_values(&[name]).set(seconds);
     }
 
     /// Counts a request and what it took.
@@ -362,6 +409,7 @@ mod tests {
                 Some((name, (kind, cells.next()?.trim_end_matches(" |").to_owned())))
             })
             .collect();
+        METRICS.exporter("siem");
         assert_eq!(rows, exposed(&METRICS.text()));
         assert!(rows.len() > 20 && rows.values().all(|(kind, help)| !kind.is_empty() && help.ends_with('.')));
     }

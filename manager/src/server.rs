@@ -39,6 +39,7 @@ use crate::{
     cli,
     config::Config,
     dispatch,
+    forward::{self, Exporter},
     http::{
         self, AppState,
         probes::{self, Probes},
@@ -88,6 +89,11 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let admins = TcpListener::bind(config.admin_listen)
         .await
         .with_context(|| format!("cannot listen for administrators on {}", config.admin_listen))?;
+    let exporters = config
+        .exports
+        .iter()
+        .map(|export| Exporter::open(export, present.fleet()).map(Arc::new))
+        .collect::<Result<Vec<_>, _>>()?;
     let monitors = match config.metrics_listen {
         None => None,
         Some(address) => Some(
@@ -104,6 +110,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let registry = Registry::new(Arc::clone(&nudge));
     let peers = Peers::new(store.clone(), registry.clone(), manager, config.addresses());
     peers.enter().await?;
+    forward::enter(&store, manager, &exporters).await?;
     let shared = Shared {
         store: store.clone(),
         intake: Intake::start(store.clone(), &config.limits, ending.clone()),
@@ -155,6 +162,9 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(peers.clone().listen(Arc::clone(&nudge), ending.clone()));
     loops.spawn(peers.clone().pass_on(ordered, Arc::clone(&nudge), ending.clone()));
     loops.spawn(trust::keep_fresh(store.clone(), trust, ending.clone()));
+    for exporter in exporters {
+        loops.spawn(forward::run(exporter, store.clone(), manager, ending.clone()));
+    }
     loops.spawn(dispatch::run(store.clone(), registry.clone(), nudge, ending.clone()));
     loops.spawn(dispatch::sweep(store.clone(), registry.clone(), manager, ending.clone()));
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

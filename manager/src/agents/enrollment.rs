@@ -88,8 +88,13 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
         reply
     };
     METRICS.enrollment(matches!(reply, EnrollReply::Enrolled { .. }));
-    if let EnrollReply::Refused(failure) = &reply {
-        tracing::info!(%from, code = failure.code, "An enrollment is refused.");
+    match &reply {
+        EnrollReply::Refused(failure) => {
+            tracing::info!(%from, code = failure.code, "An enrollment is refused.");
+        }
+        EnrollReply::Enrolled { endpoint, .. } => {
+            tracing::info!(%from, %endpoint, host = request.host, "An endpoint is enrolled.");
+        }
     }
     write(link, &reply.into()).await
 }

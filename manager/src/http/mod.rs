@@ -12,6 +12,7 @@ mod coverage;
 mod endpoints;
 mod error;
 mod events;
+mod exports;
 mod input;
 mod orders;
 mod patterns;
@@ -130,6 +131,7 @@ pub(crate) static ROUTES: &[Route] = &[
     route(Method::GET, "/v1/coverage", Permission::ReadCoverage, |m| on(m, coverage::show)),
     route(Method::GET, "/v1/status", Permission::ReadStatus, |m| on(m, status::show)),
     route(Method::GET, "/v1/events", Permission::ReadEvents, |m| on(m, events::list)),
+    route(Method::GET, "/v1/exports", Permission::ReadEvents, |m| on(m, exports::list)),
     route(Method::GET, "/v1/incidents", Permission::ReadIncidents, |m| on(m, events::incidents)),
     route(Method::GET, "/v1/vault", Permission::ReadVaults, |m| on(m, restores::list)),
     route(Method::POST, "/v1/cleanups", Permission::OrderCleanup, |m| on(m, cleanups::run)),

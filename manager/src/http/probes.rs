@@ -23,7 +23,7 @@ use tm_protocol::ids::ManagerId;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use super::AppState;
+use super::{AppState, now_ms};
 use crate::{
     metrics::METRICS,
     store::{Store, StoreError},
@@ -153,6 +153,9 @@ impl Probes {
         }
         METRICS.endpoints.set(figures.endpoints);
         METRICS.incidents_open.set(figures.incidents_open);
+        for row in self.store.exporters().await? {
+            METRICS.export_lag(&row.name, row.lag_events, seconds_since(row.waiting_since_ms));
+        }
         let own = self.store.own(self.manager).await?;
         for kind in ["authority", "manager"] {
             let ends = own.iter().filter(|own| own.what == kind).map(|own| own.end_ms);
@@ -162,6 +165,12 @@ impl Probes {
         }
         Ok(())
     }
+}
+
+/// The age of what waits, in seconds.
+#[expect(clippy::cast_precision_loss, reason = "a double tells milliseconds apart for 280,000 years")]
+fn seconds_since(at_ms: Option<i64>) -> f64 {
+    at_ms.map_or(0.0, |at| now_ms().saturating_sub(at).max(0) as f64 / 1000.0)
 }
 
 /// `/metrics` for whoever shows a token.

@@ -22,6 +22,7 @@ pub(crate) mod enrollments;
 pub(crate) mod events;
 pub(crate) mod expiry;
 pub(crate) mod export;
+pub(crate) mod exporters;
 mod figures;
 pub(crate) mod incidents;
 pub(crate) mod items;
