@@ -44,12 +44,13 @@ const AGENT: [(&str, &[&str]); 7] = [
 ];
 
 /// The same for the manager.
-const MANAGER: [(&str, &[&str]); 8] = [
+const MANAGER: [(&str, &[&str]); 9] = [
     ("access", &[]),
     // Pure; the store applies it within the transaction of what happened.
     ("mitigation", &[]),
     ("store", &["mitigation"]),
     ("backup", &["store"]),
+    ("forward", &["store"]),
     ("patterns", &["store"]),
     ("agents", &["store", "patterns"]),
     ("dispatch", &["store", "agents"]),

@@ -9,9 +9,14 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
-use tm_protocol::{text::escape_for_display, token::EnrollmentToken};
+use tm_protocol::{
+    log::{Format, Lines},
+    text::escape_for_display,
+    token::EnrollmentToken,
+};
 
 use crate::{
+    config::Config,
     connection::{fetch, trust},
     daemon::{self, Status},
     doctor, enroll, local,
@@ -214,8 +219,8 @@ fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> any
 
 /// The scan of one user, in a process that the running agent starts.
 fn serve_user(data: PathBuf) -> anyhow::Result<()> {
-    log()?;
     let paths = Paths::new(data);
+    log(&paths)?;
     local::serve(|| {
         let (mut patterns, left_out) = fetch::all_kept(&paths, local::MOST_PATTERN_BYTES);
         // What was fetched once and is no longer listed is withdrawn.
@@ -226,17 +231,28 @@ fn serve_user(data: PathBuf) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn log() -> anyhow::Result<()> {
+/// Logs on standard error, as the settings say. Whether those are right is the daemon's business.
+fn log(paths: &Paths) -> anyhow::Result<()> {
+    let format = Config::load(paths).unwrap_or_default().log_format;
     let filter = std::env::var("TM_LOG").unwrap_or_else(|_| "info".to_owned());
     let filter = tracing_subscriber::EnvFilter::try_new(filter).context("TM_LOG is not a log filter")?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    let lines = move || Lines::new(io::stderr(), format);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(lines).with_ansi(false);
+    match format {
+        Format::Text => builder.init(),
+        Format::Json => {
+            builder.json().with_current_span(false).with_span_list(false).init();
+            std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "A thread panicked.")));
+        }
+    }
     Ok(())
 }
 
 fn run_daemon(data: PathBuf, socket: &Path) -> anyhow::Result<()> {
-    log()?;
+    let paths = Paths::new(data);
+    log(&paths)?;
     let runtime = runtime()?;
-    let done = runtime.block_on(daemon::run(Paths::new(data), socket));
+    let done = runtime.block_on(daemon::run(paths, socket));
     // A scan that is being called off may take a moment; the agent's end does not wait for it.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     Ok(done?)

@@ -4,6 +4,7 @@
 use std::{fs, io, time::Duration};
 
 use serde::Deserialize;
+use tm_protocol::log::Format;
 
 use crate::{paths::Paths, vault};
 
@@ -12,6 +13,8 @@ use crate::{paths::Paths, vault};
 pub(crate) struct Config {
     /// How much the vault keeps, and for how long.
     pub(crate) vault: vault::Limits,
+    /// How the log is written.
+    pub(crate) log_format: Format,
 }
 
 /// Why settings cannot be used.
@@ -28,6 +31,8 @@ pub(crate) enum ConfigError {
 struct RawConfig {
     #[serde(default)]
     vault: RawVault,
+    /// `text` or `json`.
+    log_format: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -71,6 +76,10 @@ impl Config {
         if let Some(text) = raw.vault.retention {
             config.vault.retention = duration(&text)
                 .ok_or_else(|| format!("vault.retention: `{text}` is no duration such as 90d"))?;
+        }
+        if let Some(word) = raw.log_format {
+            config.log_format = Format::from_word(&word)
+                .ok_or_else(|| format!("log_format: `{word}` is not {}", Format::WORDS))?;
         }
         Ok(config)
     }
@@ -117,6 +126,8 @@ mod tests {
         let config = Config::parse("[vault]\nquota = \"2 MiB\"\nretention = \"36h\"").unwrap();
         assert_eq!(config.vault.quota_bytes, 2 << 20);
         assert_eq!(config.vault.retention, Duration::from_secs(36 * 3600));
+        assert_eq!(Config::parse("log_format = \"json\"").unwrap().log_format, Format::Json);
+        assert_eq!(Config::parse("").unwrap().log_format, Format::Text);
         assert_eq!(Config::parse("").unwrap().vault.quota_bytes, vault::Limits::default().quota_bytes);
         for text in [
             "[vault]\nquota = 5",
@@ -126,6 +137,8 @@ mod tests {
             "[vault]\nretention = \"soon\"",
             "[vault]\nretention = \"-1d\"",
             "[vaults]",
+            "log_format = \"xml\"",
+            "log_format = true",
             "quota = \"5GiB\"",
         ] {
             assert!(Config::parse(text).is_err(), "{text}");

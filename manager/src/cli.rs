@@ -15,7 +15,10 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use tm_api::account::Role;
-use tm_protocol::ids::{FleetId, Sha256};
+use tm_protocol::{
+    ids::{FleetId, Sha256},
+    log::{Format, Lines},
+};
 
 use crate::{
     access,
@@ -25,6 +28,7 @@ use crate::{
     },
     backup::{self, Places, Verified},
     config::{self, Config},
+    forward::Exporter,
     patterns::trust::OnlineKeys,
     server,
     store::{Store, schema::Version},
@@ -143,7 +147,7 @@ pub(crate) fn run() -> ExitCode {
             };
             init(new, join.as_deref())
         }
-        Command::Serve { data } => serve(&data),
+        Command::Serve { data } => return serve(&data),
         Command::Backup { file, data } => backup(&file, &data),
         Command::Restore { file, data, database } => restore(&file, &data, database.as_deref()),
         Command::Migrate { data } => migrate(&data),
@@ -157,6 +161,10 @@ pub(crate) fn run() -> ExitCode {
             clap_mangen::generate_to(Cli::command(), dir).context("cannot write manual pages")
         }
     };
+    finish(done)
+}
+
+fn finish(done: anyhow::Result<()>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -307,13 +315,40 @@ fn joinable(url: &str, fleet: FleetId) -> anyhow::Result<()> {
     }
 }
 
-fn serve(data: &Path) -> anyhow::Result<()> {
-    let config = load(data)?;
-    let filter =
-        tracing_subscriber::EnvFilter::try_new(std::env::var("TM_LOG").as_deref().unwrap_or(&config.log))
-            .context("the log filter makes no sense")?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
-    runtime()?.block_on(server::run(data, config))
+fn serve(data: &Path) -> ExitCode {
+    let config = match load(data) {
+        Ok(config) => config,
+        Err(error) => return finish(Err(error)),
+    };
+    let format = config.log_format;
+    if let Err(error) = log(&config.log, format) {
+        return finish(Err(error));
+    }
+    let done = runtime().and_then(|runtime| runtime.block_on(server::run(data, config)));
+    match (done, format) {
+        (Err(error), Format::Json) => {
+            // Whoever reads objects gets the last word as one, too.
+            tracing::error!(error = %format!("{error:#}"), "The manager fails.");
+            ExitCode::FAILURE
+        }
+        (done, _) => finish(done),
+    }
+}
+
+/// Logs what passes `filter` (or, if it is set, the environment's) on standard error.
+fn log(filter: &str, format: Format) -> anyhow::Result<()> {
+    let filter = std::env::var("TM_LOG").unwrap_or_else(|_| filter.to_owned());
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).context("the log filter makes no sense")?;
+    let lines = move || Lines::new(io::stderr(), format);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(lines).with_ansi(false);
+    match format {
+        Format::Text => builder.init(),
+        Format::Json => {
+            builder.json().with_current_span(false).with_span_list(false).init();
+            std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "A thread panicked.")));
+        }
+    }
+    Ok(())
 }
 
 fn migrate(data: &Path) -> anyhow::Result<()> {
@@ -389,8 +424,11 @@ fn restore(file: &Path, data: &Path, database: Option<&str>) -> anyhow::Result<(
 
 fn check(data: &Path) -> anyhow::Result<()> {
     let config = load(data)?;
-    Authorities::load(&data.join("ca"), config.certificate_life)
+    let authorities = Authorities::load(&data.join("ca"), config.certificate_life)
         .context("the certificate authority cannot be used")?;
+    for export in &config.exports {
+        Exporter::open(export, authorities.fleet())?;
+    }
     let _ = writeln!(
         io::stdout(),
         "The configuration is right: agents connect to {}, administrators to {}.\n{}",

@@ -8,10 +8,11 @@ use std::{
 };
 
 use serde::Deserialize;
-use tm_protocol::address::Address;
+use tm_protocol::{address::Address, log::Format};
 
 use super::{
     agents::ca::DEFAULT_LIFE,
+    forward::settings::{self, Export, ExportError, RawExport},
     limits::{self, Limits, RawLimits},
 };
 
@@ -22,6 +23,8 @@ const DAY_S: u64 = 86_400;
 pub(crate) struct Config {
     pub(crate) agent_listen: SocketAddr,
     pub(crate) admin_listen: SocketAddr,
+    /// Where metrics are read without a token: on this machine only.
+    pub(crate) metrics_listen: Option<SocketAddr>,
     /// Under which agents reach this manager: `None` means the port of `agent_listen`.
     pub(crate) public_names: Vec<(String, Option<u16>)>,
     pub(crate) database: Option<String>,
@@ -31,9 +34,12 @@ pub(crate) struct Config {
     /// and a dead link is to be seen within a minute).
     pub(crate) heartbeat: Duration,
     pub(crate) log: String,
+    pub(crate) log_format: Format,
     /// How long a certificate is good for, 10 s to 825 days.
     pub(crate) certificate_life: Duration,
     pub(crate) limits: Limits,
+    /// Where threat events go.
+    pub(crate) exports: Vec<Export>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -41,6 +47,7 @@ pub(crate) struct Config {
 struct Raw {
     agent_listen: String,
     admin_listen: String,
+    metrics_listen: Option<String>,
     public_names: Vec<String>,
     database: Option<String>,
     patterns: Option<PathBuf>,
@@ -48,10 +55,13 @@ struct Raw {
     heartbeat: String,
     #[serde(default = "default_log")]
     log: String,
+    log_format: Option<String>,
     #[serde(default = "default_life")]
     certificate_life: String,
     #[serde(default)]
     limits: RawLimits,
+    #[serde(default)]
+    export: Vec<RawExport>,
 }
 
 /// Why there is no configuration.
@@ -61,6 +71,8 @@ pub(crate) enum ConfigError {
     Read { path: String, source: io::Error },
     #[error("`{path}` is not a configuration")]
     Syntax { path: String, source: Box<toml::de::Error> },
+    #[error(transparent)]
+    Export(#[from] ExportError),
     #[error("`{key}`: `{value}` is not {expected}")]
     Value { key: &'static str, value: String, expected: &'static str },
 }
@@ -134,13 +146,21 @@ impl TryFrom<Raw> for Config {
         Ok(Self {
             agent_listen: socket("agent_listen", &raw.agent_listen)?,
             admin_listen: socket("admin_listen", &raw.admin_listen)?,
+            metrics_listen: raw.metrics_listen.as_deref().map(loopback).transpose()?,
             public_names,
             database: raw.database,
             patterns: raw.patterns.map(absolute).transpose()?,
             heartbeat,
             log: raw.log,
+            log_format: match &raw.log_format {
+                None => Format::default(),
+                Some(word) => {
+                    Format::from_word(word).ok_or_else(|| value("log_format", word, Format::WORDS))?
+                }
+            },
             certificate_life,
             limits: raw.limits.try_into()?,
+            exports: settings::read(raw.export)?,
         })
     }
 }
@@ -152,6 +172,17 @@ fn absolute(path: PathBuf) -> Result<PathBuf, ConfigError> {
     }
     let value = path.display().to_string();
     Err(ConfigError::Value { key: "patterns", value, expected: "a path from the root (`/…`)" })
+}
+
+/// An address that only this machine reaches.
+fn loopback(text: &str) -> Result<SocketAddr, ConfigError> {
+    let address = text.parse::<SocketAddr>().ok().filter(|at| at.port() != 0 && at.ip().is_loopback());
+    address.ok_or_else(|| ConfigError::Value {
+        key: "metrics_listen",
+        value: text.to_owned(),
+        expected: "a loopback address and a port, like `127.0.0.1:9433` (elsewhere, read /metrics on `admin_listen` \
+                   with a token)",
+    })
 }
 
 /// A name alone, or one with the port of whatever forwards to the manager.
@@ -223,6 +254,10 @@ pub(crate) fn render(
 agent_listen = "{agent}"
 admin_listen = "{admin}"
 
+# Where /metrics, /healthz and /readyz are read without TLS and without a token: an address of this machine only.
+# They are on admin_listen too, where /metrics needs an account's token.
+# metrics_listen = "127.0.0.1:9433"
+
 # Names and addresses under which agents reach this manager; they stand in enrollment tokens. With a port
 # ("m.example:443", "[2001:db8::1]:443") where something forwards from another one.
 public_names = [{names}]
@@ -243,8 +278,12 @@ certificate_life = "90d"
 # What is logged: error, warn, info, debug, trace, or a tracing filter.
 log = "info"
 
-{}"#,
-        limits::TEMPLATE
+# How: "text" for people, or "json", one object a line (timestamp, level, target, fields).
+log_format = "text"
+
+{}{}"#,
+        limits::TEMPLATE,
+        settings::TEMPLATE
     )
 }
 
@@ -299,6 +338,10 @@ mod tests {
             ("90d", "99999999999999999d"),
             ("[::]:1", "nowhere"),
             ("log =", "logg ="),
+            ("format = \"text", "format = \"xml"),
+            ("# metrics_listen = \"127.0.0.1", "metrics_listen = \"0.0.0.0"),
+            ("# metrics_listen = \"127.0.0.1:9433", "metrics_listen = \"127.0.0.1:0"),
+            ("# metrics_listen = \"127.0.0.1:9433", "metrics_listen = \"localhost:9433"),
             ("names = []", "names = [\"m:0\"]"),
             ("names = []", "names = [\"a b\"]"),
             ("# patterns = \"/", "patterns = \""),

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     handshake,
+    metrics::{Held, METRICS},
     strangers::{Place, Strangers},
 };
 
@@ -53,13 +54,14 @@ impl Heard {
     }
 }
 
-/// Opens the lobby of a port, with so many places.
+/// Opens the lobby of a port, with so many places. The metrics tell of strangers on the agents' port.
 ///
 /// # Errors
 /// If there is no thread for it.
 pub(crate) fn open(
     listener: TcpListener,
     places: usize,
+    of_agents: bool,
     ending: CancellationToken,
 ) -> io::Result<mpsc::Receiver<Heard>> {
     let listener = listener.into_std()?;
@@ -68,7 +70,7 @@ pub(crate) fn open(
     thread::Builder::new().name("lobby".to_owned()).spawn(move || {
         runtime.block_on(async {
             match TcpListener::from_std(listener) {
-                Ok(listener) => accept(listener, places, sender, ending).await,
+                Ok(listener) => accept(listener, places, of_agents, sender, ending).await,
                 Err(error) => tracing::error!(%error, "Cannot accept anybody."),
             }
         });
@@ -76,7 +78,13 @@ pub(crate) fn open(
     Ok(heard)
 }
 
-async fn accept(listener: TcpListener, places: usize, heard: mpsc::Sender<Heard>, ending: CancellationToken) {
+async fn accept(
+    listener: TcpListener,
+    places: usize,
+    of_agents: bool,
+    heard: mpsc::Sender<Heard>,
+    ending: CancellationToken,
+) {
     let strangers = Strangers::new(places);
     let chairs = Arc::new(Semaphore::new(places + LEAVING));
     loop {
@@ -94,7 +102,15 @@ async fn accept(listener: TcpListener, places: usize, heard: mpsc::Sender<Heard>
             }
         };
         // No place: it is turned away, and an agent tries again with jitter.
-        let Some(place) = strangers.enter(from.ip()) else { continue };
+        let Some(mut place) = strangers.enter(from.ip()) else {
+            if of_agents {
+                METRICS.handshake("turned-away");
+            }
+            continue;
+        };
+        if of_agents {
+            place.count(Held::one(METRICS.links_unproven.clone()));
+        }
         let heard = heard.clone();
         tokio::spawn(async move {
             wait(stream, from, place, heard).await;

@@ -3,12 +3,18 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use axum::Router;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
 use tm_protocol::ids::ManagerId;
 use tm_scanner::pool::WorkerProgram;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Notify, watch},
+    sync::{Notify, Semaphore, watch},
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -33,7 +39,11 @@ use crate::{
     cli,
     config::Config,
     dispatch,
-    http::{self, AppState},
+    forward::{self, Exporter},
+    http::{
+        self, AppState,
+        probes::{self, Probes},
+    },
     lobby,
     patterns::{
         Blobs,
@@ -44,6 +54,10 @@ use crate::{
 
 /// How long sessions and requests have to end.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Links of monitoring at a time; more are turned away.
+const MONITOR_LINKS: usize = 16;
+/// How long the header of a request of theirs may take.
+const MONITOR_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the manager until it is told to end.
 pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
@@ -74,6 +88,19 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let admins = TcpListener::bind(config.admin_listen)
         .await
         .with_context(|| format!("cannot listen for administrators on {}", config.admin_listen))?;
+    let exporters = config
+        .exports
+        .iter()
+        .map(|export| Exporter::open(export, present.fleet()).map(Arc::new))
+        .collect::<Result<Vec<_>, _>>()?;
+    let monitors = match config.metrics_listen {
+        None => None,
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .with_context(|| format!("cannot listen for monitoring on {address}"))?,
+        ),
+    };
 
     let ending = CancellationToken::new();
     let loops = TaskTracker::new();
@@ -82,6 +109,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     let registry = Registry::new(Arc::clone(&nudge));
     let peers = Peers::new(store.clone(), registry.clone(), manager, config.addresses());
     peers.enter().await?;
+    forward::enter(&store, manager, &exporters).await?;
     let shared = Shared {
         store: store.clone(),
         intake: Intake::start(store.clone(), &config.limits, ending.clone()),
@@ -98,6 +126,8 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     };
     let (announce, ca_sha256) = watch::channel(present.issuing().digest());
     let cuts = ca_sha256.clone();
+    let folders = vec![data.to_owned(), config.patterns(data)];
+    let probes = Probes::new(store.clone(), manager, folders, ending.clone());
     let router = http::router(AppState {
         store: store.clone(),
         blobs: blobs.clone(),
@@ -108,6 +138,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         fleet: present.fleet(),
         trust: Arc::clone(&trust),
         worker: WorkerProgram::this(),
+        probes: Arc::clone(&probes),
     });
     let ports = Arc::new(tls::Ports::new(agent_tls));
     let bulk = Bulk::open(data, store.clone(), blobs, &config.limits)
@@ -115,10 +146,14 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(bulk.clone().sweep(ending.clone()));
     let port =
         Port { tls: Arc::clone(&ports), bulk, guard: Guard::default(), links: Links::default(), shared };
-    let agents = lobby::open(agents, listener::places(), ending.clone()).context("cannot wait for agents")?;
+    let agents =
+        lobby::open(agents, listener::places(), true, ending.clone()).context("cannot wait for agents")?;
     loops.spawn(listener::run(agents, port));
+    if let Some(listener) = monitors {
+        loops.spawn(serve_monitors(listener, probes::local(probes), ending.clone()));
+    }
     let admins =
-        lobby::open(admins, http::port::LINKS, ending.clone()).context("cannot wait for administrators")?;
+        lobby::open(admins, http::port::LINKS, false, ending.clone()).context("cannot wait for administrators")?;
     loops.spawn(http::port::serve(admins, admin_tls, router, ending.clone()));
     let told = registry.clone();
     let changed = move |authorities: &Authorities| {
@@ -132,6 +167,9 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(peers.clone().listen(Arc::clone(&nudge), ending.clone()));
     loops.spawn(peers.clone().pass_on(ordered, Arc::clone(&nudge), ending.clone()));
     loops.spawn(trust::keep_fresh(store.clone(), trust, ending.clone()));
+    for exporter in exporters {
+        loops.spawn(forward::run(exporter, store.clone(), manager, ending.clone()));
+    }
     loops.spawn(dispatch::run(store.clone(), registry.clone(), nudge, ending.clone()));
     loops.spawn(dispatch::sweep(store.clone(), registry.clone(), manager, ending.clone()));
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -144,6 +182,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         _ = interrupt.recv() => {}
     }
     tracing::info!("The manager ends.");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     ending.cancel();
     loops.close();
     let _ = timeout(DRAIN, loops.wait()).await;
@@ -186,5 +225,42 @@ fn raise_descriptor_limit() {
     let maximum = getrlimit(Resource::Nofile).maximum;
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
         tracing::warn!(%error, "Cannot raise the limit of open files.");
+    }
+}
+
+/// Serves whoever monitors this manager, without TLS: the address is of this machine.
+async fn serve_monitors(listener: TcpListener, router: Router, ending: CancellationToken) {
+    let links = Arc::new(Semaphore::new(MONITOR_LINKS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = ending.cancelled() => return,
+        };
+        let Ok((stream, _)) = accepted else {
+            sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let Ok(permit) = Arc::clone(&links).try_acquire_owned() else { continue };
+        let (router, ending) = (router.clone(), ending.clone());
+        tokio::spawn(async move {
+            serve_link(stream, router, &ending).await;
+            drop(permit);
+        });
+    }
+}
+
+/// Answers requests until the other side, or the manager, ends.
+async fn serve_link<L: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    link: L,
+    router: Router,
+    ending: &CancellationToken,
+) {
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(MONITOR_PATIENCE)
+        .serve_connection(TokioIo::new(link), TowerToHyperService::new(router));
+    tokio::select! {
+        _ = served => {}
+        () = ending.cancelled() => {}
     }
 }

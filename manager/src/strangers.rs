@@ -24,6 +24,8 @@ use std::{
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use crate::metrics::Held;
+
 /// Crowds that are looked at to make room, the largest first.
 const LOOKED_AT: usize = 16;
 /// Turns for each processor: while one is passed on, another one is taken.
@@ -46,6 +48,8 @@ pub(crate) struct Place {
     source: Source,
     number: u64,
     out: CancellationToken,
+    /// It is never read: it counts down when the place is free.
+    counted: Option<Held>,
 }
 
 /// A stranger's turn. Dropped, it is the next one's.
@@ -207,7 +211,7 @@ impl Strangers {
             return None;
         }
         let (number, out) = hall.enter(source);
-        Some(Place { strangers: self.clone(), source, number, out })
+        Some(Place { strangers: self.clone(), source, number, out, counted: None })
     }
 
     /// Gives a turn to the next one who waits.
@@ -231,6 +235,11 @@ impl Strangers {
 }
 
 impl Place {
+    /// Counts it for as long as it is held.
+    pub(crate) fn count(&mut self, counted: Held) {
+        self.counted = Some(counted);
+    }
+
     /// Ends when the place is another's: whoever held it has to go.
     pub(crate) async fn is_lost(&self) {
         self.out.cancelled().await;

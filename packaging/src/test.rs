@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use crate::programs;
 
 /// A program that tests need, the package it comes in, and what cannot run without it.
-const NEEDED: [(&str, &str, &str); 16] = [
+const NEEDED: [(&str, &str, &str); 17] = [
     ("strace", "strace", "tests that watch or fail single system calls"),
     ("nft", "nftables", "tests of network rules"),
     ("faketime", "faketime", "tests with a wrong clock"),
@@ -30,6 +30,7 @@ const NEEDED: [(&str, &str, &str); 16] = [
     ("ar", "binutils", "tests of archives that ar makes"),
     ("lzip", "lzip", "tests of files that lzip makes"),
     ("zstd", "zstd", "tests of files that zstd makes"),
+    ("promtool", "prometheus", "the test that has the manager's metrics checked"),
 ];
 
 /// Other YARA engines that hits are compared with, as packages of Python.

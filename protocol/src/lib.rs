@@ -12,6 +12,7 @@ pub mod audit;
 pub mod frame;
 pub mod identity;
 pub mod ids;
+pub mod log;
 pub mod message;
 pub mod quote;
 pub mod receipt;

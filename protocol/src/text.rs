@@ -90,6 +90,22 @@ pub fn escape_for_display(text: &str) -> String {
     out
 }
 
+/// The same for text that is JSON: within its strings such characters are written as JSON writes them, and outside
+/// there are none but space. The value stays the same.
+pub fn escape_in_json(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        if is_treacherous(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(out, "\\u{unit:04x}");
+            }
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
 /// Characters that control, reorder or hide text. Unicode 16, UAX #9 and the `Default_Ignorable_Code_Point`
 /// ranges that matter in names; the list errs on the side of showing the code point.
 fn is_treacherous(c: char) -> bool {

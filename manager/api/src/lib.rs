@@ -13,6 +13,7 @@ pub mod coverage;
 pub mod endpoint;
 pub mod error;
 pub mod event;
+pub mod export;
 pub mod pattern;
 pub mod status;
 pub mod task;

@@ -71,6 +71,7 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Cleanup(command) => cmds::cleanup::run(command, &client()?, &out).await,
         Command::Vault(command) => cmds::vault::run(command, &client()?, &out).await,
         Command::Event(command) => cmds::event::run(command, &client()?, &out).await,
+        Command::Export(command) => cmds::export::run(command, &client()?, &out).await,
         Command::Task(command) => cmds::task::run(command, &client()?, &out).await,
         Command::Pattern(command) => cmds::pattern::run(command, &client()?, &desk()?, &out).await,
         Command::Token(command) => cmds::token::run(command, &client()?, &desk()?, &out).await,

@@ -13,6 +13,7 @@ use tm_protocol::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::now_ms;
+use crate::metrics::{Held, METRICS};
 use crate::store::{
     Store, StoreError,
     sessions::{Opened, Passage, writer_ended},
@@ -66,6 +67,7 @@ impl Doors {
     }
 
     async fn ask(&self, passage: Passage) -> Passed {
+        let _waits = Held::one(METRICS.queue("doors"));
         let (answer, answered) = oneshot::channel();
         self.0.send(Asked { passage, answer }).await.map_err(|_| writer_ended())?;
         answered.await.map_err(|_| writer_ended())?

@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use super::{LinkError, now_ms, read, session::Shared, write};
 use crate::{
+    metrics::METRICS,
     store::enrollments::{NewEndpoint, TokenRefusal},
     strangers::Place,
 };
@@ -105,8 +106,14 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
         }
         reply
     };
-    if let EnrollReply::Refused(failure) = &reply {
-        tracing::info!(%from, code = failure.code, "An enrollment is refused.");
+    METRICS.enrollment(matches!(reply, EnrollReply::Enrolled { .. }));
+    match &reply {
+        EnrollReply::Refused(failure) => {
+            tracing::info!(%from, code = failure.code, "An enrollment is refused.");
+        }
+        EnrollReply::Enrolled { endpoint, .. } => {
+            tracing::info!(%from, %endpoint, host = request.host, "An endpoint is enrolled.");
+        }
     }
     write(link, &reply.into()).await
 }

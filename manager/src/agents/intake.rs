@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::now_ms;
 use crate::limits::Limits;
+use crate::metrics::METRICS;
 use crate::store::{
     Store, StoreError,
     streams::{Counts, HandedIn, Parcel, Taken},
@@ -185,6 +186,7 @@ impl Lanes {
         put(queue);
         if idle {
             inner.waiting.push_back(key);
+            show(&inner);
             self.ready.notify_one();
         }
     }
@@ -207,6 +209,7 @@ impl Lanes {
                 inner.waiting.push_back(key);
             }
         }
+        show(&inner);
         batch
     }
 
@@ -227,6 +230,11 @@ impl Lanes {
         // No holder can leave it half-changed in a way that matters: an item is in one place or another.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Shows how many lanes wait.
+fn show(inner: &Inner) {
+    METRICS.queue("intake").set(i64::try_from(inner.waiting.len()).unwrap_or(i64::MAX));
 }
 
 impl Queue {

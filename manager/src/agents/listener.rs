@@ -22,7 +22,13 @@ use super::{
     session::{self, Shared},
     tls::{Peer, Ports, peer},
 };
-use crate::{handshake, lobby::Heard, store::enrollments::CertificateStatus, strangers::Place};
+use crate::{
+    handshake,
+    lobby::Heard,
+    metrics::METRICS,
+    store::enrollments::CertificateStatus,
+    strangers::Place,
+};
 
 /// Links that have not proven who they are, at most.
 const STRANGERS: usize = 4096;
@@ -38,6 +44,7 @@ pub(crate) struct Port {
 
 /// Serves whoever comes out of the lobby, until the manager ends.
 pub(crate) async fn run(mut lobby: mpsc::Receiver<Heard>, port: Port) {
+    let _listening = Listening::begin();
     loop {
         let heard = tokio::select! {
             heard = lobby.recv() => heard,
@@ -52,11 +59,20 @@ pub(crate) async fn run(mut lobby: mpsc::Receiver<Heard>, port: Port) {
             };
             let greeted = tokio::select! {
                 greeted = greet(start, from, &place, &port) => greeted,
-                () = place.is_lost() => Err(io::Error::other("another one needs the place")),
+                () = place.is_lost() => {
+                    Err(io::Error::new(io::ErrorKind::Interrupted, "another one needs the place"))
+                },
             };
             match greeted {
                 Ok(greeted) => serve(greeted, from, place, &port).await,
-                Err(error) => tracing::debug!(%from, %error, "No handshake."),
+                Err(error) => {
+                    METRICS.handshake(match error.kind() {
+                        io::ErrorKind::TimedOut => "timeout",
+                        io::ErrorKind::Interrupted => "turned-away",
+                        _ => "failed",
+                    });
+                    tracing::debug!(%from, %error, "No handshake.");
+                }
             }
         });
     }
@@ -68,6 +84,22 @@ pub(crate) fn places() -> usize {
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let quarter = descriptors.map_or(usize::MAX, |most| usize::try_from(most / 4).unwrap_or(usize::MAX));
     STRANGERS.min(quarter)
+}
+
+/// As long as this lives, the port is listened on.
+struct Listening;
+
+impl Listening {
+    fn begin() -> Self {
+        METRICS.agent_port_listening.set(1);
+        Self
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        METRICS.agent_port_listening.set(0);
+    }
 }
 
 /// A link after its handshake.
@@ -147,6 +179,7 @@ async fn serve(greeted: Greeted, from: SocketAddr, place: Place, port: &Port) {
             }
         }
         Greeted::Enroll(mut link) => {
+            METRICS.handshake("completed");
             let done = tokio::select! {
                 done = enrollment::run(&mut *link, from.ip(), &place, &port.guard, &port.shared) => done,
                 () = place.is_lost() => Err(LinkError::Replaced),
@@ -209,6 +242,12 @@ enum Judged {
 
 /// Who the client is, and whether it may come in.
 async fn judge(link: &TlsStream<TcpStream>, port: &Port) -> Judged {
+    let judged = look_at(link, port).await;
+    METRICS.handshake(if matches!(judged, Judged::Good(_)) { "completed" } else { "refused" });
+    judged
+}
+
+async fn look_at(link: &TlsStream<TcpStream>, port: &Port) -> Judged {
     let certificate = link.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let Some(peer) =
         certificate.and_then(|certificate| peer(certificate, port.shared.authorities.now().fleet()))

@@ -51,6 +51,27 @@ pub(crate) enum LinkError {
     Ending,
 }
 
+impl LinkError {
+    /// Every [`LinkError::reason`].
+    pub(crate) const REASONS: [&str; 9] =
+        ["broken", "closed", "silent", "frame", "protocol", "store", "unstorable", "replaced", "ending"];
+
+    /// A word for it, for what is counted.
+    pub(crate) const fn reason(&self) -> &'static str {
+        match self {
+            Self::Broken(_) => "broken",
+            Self::Closed => "closed",
+            Self::Silent => "silent",
+            Self::Frame(_) => "frame",
+            Self::Protocol(_) => "protocol",
+            Self::Store(_) => "store",
+            Self::Unstorable => "unstorable",
+            Self::Replaced => "replaced",
+            Self::Ending => "ending",
+        }
+    }
+}
+
 /// The next message that this build knows. Safe to drop half-way: what has arrived stays in `buffer`.
 pub(crate) async fn read(
     link: &mut (impl AsyncRead + Unpin),

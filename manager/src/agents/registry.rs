@@ -13,6 +13,8 @@ use tm_protocol::{
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use crate::metrics::METRICS;
+
 /// Messages that wait for one agent. Beyond it the dispatcher tries again later.
 const OUTBOX: usize = 64;
 
@@ -41,6 +43,13 @@ struct Inner {
     conflicts: HashMap<EndpointId, Instant>,
     /// The newest of each task, by endpoint: what one says of another's task stays its own.
     progress: HashMap<EndpointId, Vec<Progress>>,
+}
+
+impl Inner {
+    /// Shows how many are connected.
+    fn count(&self) {
+        METRICS.agents_connected.set(i64::try_from(self.sessions.len()).unwrap_or(i64::MAX));
+    }
 }
 
 #[derive(Debug)]
@@ -111,10 +120,14 @@ impl Registry {
     ) -> mpsc::Receiver<Command> {
         let (outbox, commands) = mpsc::channel(OUTBOX);
         let handle = Handle { epoch, process_nonce, outbox, sent: HashSet::new() };
-        if let Some(older) = self.lock().sessions.insert(endpoint, handle) {
+        let mut inner = self.lock();
+        if let Some(older) = inner.sessions.insert(endpoint, handle) {
             // A full outbox belongs to a session that is stuck; its own time-out ends it.
             let _ = older.outbox.try_send(Command::GiveWay);
         }
+        METRICS.sessions.inc();
+        inner.count();
+        drop(inner);
         self.nudge.notify_one();
         commands
     }
@@ -124,6 +137,7 @@ impl Registry {
         let mut inner = self.lock();
         if inner.sessions.get(&endpoint).is_some_and(|handle| handle.epoch == epoch) {
             inner.sessions.remove(&endpoint);
+            inner.count();
         }
     }
 

@@ -38,6 +38,7 @@ use super::{
 };
 use crate::{
     addresses::Addresses,
+    metrics::METRICS,
     store::{
         Store,
         streams::{Counts, HandedIn, last},
@@ -76,7 +77,10 @@ pub(crate) async fn run<L: AsyncRead + AsyncWrite + Unpin>(
 ) -> LinkError {
     match serve(link, endpoint, shared).await {
         Ok(never) => match never {},
-        Err(error) => error,
+        Err(error) => {
+            METRICS.session_ended(error.reason());
+            error
+        }
     }
 }
 
@@ -209,6 +213,7 @@ impl Session<'_> {
                         let _ = answer.send(());
                     }
                     let (message, bytes) = message?;
+                    METRICS.message(kind(message.as_ref()));
                     let rows = match message {
                         Some(message) => self.take(link, message, bytes).await?,
                         None => 0,
@@ -248,8 +253,14 @@ impl Session<'_> {
         bytes: usize,
     ) -> Result<usize, LinkError> {
         match message {
-            ToManager::Ping(Ping { nonce }) => write(link, &Pong { nonce }.into()).await.map(|()| 0),
-            ToManager::Pong(_) => Ok(0),
+            ToManager::Ping(Ping { nonce }) => {
+                METRICS.heartbeats.inc();
+                write(link, &Pong { nonce }.into()).await.map(|()| 0)
+            }
+            ToManager::Pong(_) => {
+                METRICS.heartbeats.inc();
+                Ok(0)
+            }
             ToManager::Inventory(facts) => {
                 let rows = inventory_rows(&facts);
                 self.lane.inventory(facts);
@@ -321,6 +332,21 @@ impl Session<'_> {
             );
         }
         pause
+    }
+}
+
+/// What a message is counted as.
+const fn kind(message: Option<&ToManager>) -> &'static str {
+    match message {
+        None => "unknown",
+        Some(ToManager::Ping(_)) => "ping",
+        Some(ToManager::Pong(_)) => "pong",
+        Some(ToManager::Inventory(_)) => "inventory",
+        Some(ToManager::Progress(_)) => "progress",
+        Some(ToManager::Report(_)) => "report",
+        Some(ToManager::Notices(_)) => "notices",
+        Some(ToManager::Renew(_)) => "renew",
+        Some(ToManager::Hello(_) | ToManager::EnrollRequest(_)) => "out-of-place",
     }
 }
 

@@ -1,7 +1,7 @@
 //! The administrators' REST interface: the route table, and what happens to every request before its handler.
 //!
 //! **Invariant:** a route exists only as a line of [`ROUTES`], and with it the permission it needs; the
-//! router is built from the table.
+//! router is built from the table. Only what [`probes`] answers to everybody stands beside it.
 //! **Invariant:** nothing of a request's body is read before its token and permission are found good.
 
 mod accounts;
@@ -12,10 +12,12 @@ mod coverage;
 mod endpoints;
 mod error;
 mod events;
+mod exports;
 mod input;
 mod orders;
 mod patterns;
 pub(crate) mod port;
+pub(crate) mod probes;
 mod restores;
 mod scans;
 mod status;
@@ -30,7 +32,7 @@ use axum::{
     Router,
     extract::{DefaultBodyLimit, Request, State},
     http::{HeaderMap, HeaderValue, Method, Uri, header},
-    middleware::{Next, from_fn_with_state},
+    middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse as _, Response},
     routing::{MethodFilter, MethodRouter, on},
 };
@@ -40,7 +42,10 @@ use tm_scanner::pool::WorkerProgram;
 use tokio::sync::watch;
 use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLayer};
 
-use self::error::{Error, quoted};
+use self::{
+    error::{Error, quoted},
+    probes::Probes,
+};
 use crate::{
     access::{self, Permission},
     addresses::Addresses,
@@ -72,6 +77,8 @@ pub(crate) struct AppState {
     pub(crate) trust: Arc<OnlineKeys>,
     /// Tries patterns.
     pub(crate) worker: WorkerProgram,
+    /// Tells how this manager is.
+    pub(crate) probes: Arc<Probes>,
 }
 
 /// Who asks: what a good token gives.
@@ -126,6 +133,7 @@ pub(crate) static ROUTES: &[Route] = &[
     route(Method::GET, "/v1/coverage", Permission::ReadCoverage, |m| on(m, coverage::show)),
     route(Method::GET, "/v1/status", Permission::ReadStatus, |m| on(m, status::show)),
     route(Method::GET, "/v1/events", Permission::ReadEvents, |m| on(m, events::list)),
+    route(Method::GET, "/v1/exports", Permission::ReadEvents, |m| on(m, exports::list)),
     route(Method::GET, "/v1/incidents", Permission::ReadIncidents, |m| on(m, events::incidents)),
     route(Method::GET, "/v1/vault", Permission::ReadVaults, |m| on(m, restores::list)),
     route(Method::POST, "/v1/cleanups", Permission::OrderCleanup, |m| on(m, cleanups::run)),
@@ -172,6 +180,7 @@ pub(crate) static ROUTES: &[Route] = &[
     route(Method::POST, "/v1/accounts/{name}/token", Permission::ChangeAccounts, |m| {
         on(m, accounts::renew_token)
     }),
+    route(Method::GET, "/metrics", Permission::ReadStatus, |m| on(m, probes::metrics)),
     route(Method::GET, "/v1/audit", Permission::ReadAudit, |m| on(m, audit::list)),
 ];
 
@@ -188,9 +197,11 @@ pub(crate) fn router(state: AppState) -> Router {
                 .route_layer(from_fn_with_state((state.clone(), route), guard));
             router.route(route.path, handler)
         })
+        .merge(probes::open(Arc::clone(&state.probes)))
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_route)
         .layer(CatchPanicLayer::custom(error::panicked))
+        .layer(from_fn(probes::counted))
         .layer(header(header::CACHE_CONTROL, "no-store"))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
         .with_state(state)

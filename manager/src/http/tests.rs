@@ -6,6 +6,7 @@ use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use tm_patterns::digests::Counts;
 use tm_protocol::{ids::Sha256, task::PatternRef, token::EnrollmentToken};
+use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 use uuid::Uuid;
 
@@ -13,6 +14,7 @@ use super::*;
 use crate::store::{endpoints::tests::put, patterns::NewPattern, tests::scratch};
 
 mod mitigation;
+mod probes;
 
 struct Lab {
     state: AppState,
@@ -30,6 +32,16 @@ fn token(role: Role) -> String {
     access::bearer_token([role as u8; 32])
 }
 
+fn probes(store: &Store, folder: &std::path::Path) -> Arc<Probes> {
+    let manager = ManagerId::new(Uuid::from_u128(1));
+    Probes::new(store.clone(), manager, vec![folder.to_owned()], CancellationToken::new())
+}
+
+/// JSON, or a text as it is.
+fn body_of(bytes: &[u8]) -> Value {
+    serde_json::from_slice(bytes).unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned().into())
+}
+
 impl Lab {
     async fn start() -> Self {
         let (store, folder) = scratch().await;
@@ -38,7 +50,6 @@ impl Lab {
             store.create_account(role.word(), role, digest, "system", 1).await.unwrap().unwrap();
         }
         let state = AppState {
-            store,
             blobs: Blobs::open(
                 folder.path().join("patterns"),
                 tm_protocol::ids::ManagerId::new(uuid::Uuid::nil()),
@@ -50,6 +61,8 @@ impl Lab {
             manager: ManagerId::new(Uuid::from_u128(1)),
             fleet: FleetId::new(Uuid::from_u128(2)),
             trust: Arc::new(OnlineKeys::open(&folder.path().join("trust")).unwrap()),
+            probes: probes(&store, folder.path()),
+            store,
             worker: WorkerProgram { path: "/nonexistent/worker".into(), args: Vec::new() },
         };
         Self { router: router(state.clone()), state, _folder: folder }
@@ -68,7 +81,7 @@ impl Lab {
         Answer {
             status: parts.status.as_u16(),
             headers: parts.headers,
-            body: if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap() },
+            body: if bytes.is_empty() { Value::Null } else { body_of(&bytes) },
         }
     }
 

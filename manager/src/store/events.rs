@@ -16,6 +16,7 @@ use super::{
     endpoints::{Condition, Filter},
     parts, places, rows,
 };
+use crate::metrics::METRICS;
 
 /// Longest detail and message that is kept, in bytes; the rest is cut off.
 const MAX_DETAIL: usize = 64;
@@ -68,20 +69,20 @@ pub(crate) async fn append(tx: &mut Tx, event: NewEvent<'_>) -> Result<(), Store
     Ok(())
 }
 
-/// Numbers and writes what was appended in a transaction that is about to be committed.
+/// Numbers and writes what was appended in a transaction that is about to be committed; of which kinds that was.
 ///
 /// # Errors
 /// If the database refuses; the whole transaction is then void.
-pub(super) async fn write(tx: &mut Tx) -> Result<(), StoreError> {
+pub(super) async fn write(tx: &mut Tx) -> Result<Vec<EventKind>, StoreError> {
     let mut pending = std::mem::take(&mut tx.events);
     if pending.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let hosts = hosts(tx, pending.iter().map(|event| event.endpoint)).await?;
     pending.retain(|event| hosts.contains_key(&event.endpoint));
     let count = i64::try_from(pending.len()).unwrap_or(i64::MAX);
     if count == 0 {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let last: i64 = sqlx::query("UPDATE counter SET value = value + $1 WHERE name = 'event' RETURNING value")
         .bind(count)
@@ -113,7 +114,7 @@ pub(super) async fn write(tx: &mut Tx) -> Result<(), StoreError> {
         }
         query.execute(&mut **tx).await.map_err(StoreError::query("append events"))?;
     }
-    Ok(())
+    Ok(pending.iter().map(|event| event.kind).collect())
 }
 
 /// What endpoints are called now; those that are not known are left out.
@@ -166,6 +167,7 @@ pub(crate) async fn append_own(
     .execute(&mut **tx)
     .await
     .map_err(StoreError::query("append an event of the manager"))?;
+    METRICS.event(EventKind::Certificate);
     Ok(())
 }
 

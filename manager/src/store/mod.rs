@@ -23,6 +23,8 @@ pub(crate) mod enrollments;
 pub(crate) mod events;
 pub(crate) mod expiry;
 pub(crate) mod export;
+pub(crate) mod exporters;
+mod figures;
 pub(crate) mod incidents;
 pub(crate) mod items;
 pub(crate) mod managers;
@@ -45,13 +47,19 @@ pub(crate) mod vault;
 #[cfg(test)]
 mod story;
 
-use std::{str::FromStr as _, time::Duration};
+use std::{
+    str::FromStr as _,
+    time::{Duration, Instant},
+};
 
 use sqlx::{
     Any, AnyConnection, AnyPool, AssertSqlSafe, Connection as _, Executor as _, PgPool, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
+use tm_api::event::EventKind;
 use tm_protocol::report::Failure;
+
+use crate::metrics::METRICS;
 
 /// Connections for reading. SQLite's readers do not wait for its writer (WAL).
 const READERS: u32 = 4;
@@ -136,6 +144,7 @@ fn parts<T>(mut items: &[T], most: usize) -> impl Iterator<Item = &[T]> {
 pub(crate) struct Tx {
     inner: Transaction<'static, Any>,
     engine: Engine,
+    begun: Instant,
     events: Vec<events::Pending>,
     covered: Vec<coverage::Covered>,
     /// Ends of tasks; whoever reads tasks has them written before.
@@ -287,9 +296,16 @@ impl Store {
             Engine::Sqlite => "BEGIN IMMEDIATE",
             Engine::Postgres => "BEGIN",
         };
+        let asked = Instant::now();
         let inner = self.write.begin_with(statement).await;
+        if inner.is_err() {
+            METRICS.transactions_failed.inc();
+        }
         let inner = inner.map_err(StoreError::query("begin a transaction"))?;
-        Ok(Tx { inner, engine: self.engine, events: Vec::new(), covered: Vec::new(), ended: Vec::new() })
+        let begun = Instant::now();
+        METRICS.transaction_wait.observe((begun - asked).as_secs_f64());
+        let (engine, events, covered, ended) = (self.engine, Vec::new(), Vec::new(), Vec::new());
+        Ok(Tx { inner, engine, begun, events, covered, ended })
     }
 
     /// Begins a transaction that appends to the audit log. There is one at a time, on PostgreSQL too: it waits here,
@@ -307,12 +323,27 @@ impl Store {
     ///
     /// # Errors
     /// If the database cannot; nothing of the transaction has then happened.
-    pub(crate) async fn commit(mut tx: Tx) -> Result<(), StoreError> {
+    pub(crate) async fn commit(tx: Tx) -> Result<(), StoreError> {
+        let begun = tx.begun;
+        let committed = Self::write_all(tx).await;
+        match &committed {
+            Ok(_) => METRICS.transaction.observe(begun.elapsed().as_secs_f64()),
+            Err(_) => METRICS.transactions_failed.inc(),
+        }
+        for kind in committed? {
+            METRICS.event(kind);
+        }
+        Ok(())
+    }
+
+    /// Writes what was gathered and commits; the kinds of the events that were written.
+    async fn write_all(mut tx: Tx) -> Result<Vec<EventKind>, StoreError> {
         ends::write(&mut tx).await?;
         coverage::write(&mut tx).await?;
         // Last: whoever numbers events holds the counter until the commit.
-        events::write(&mut tx).await?;
-        tx.inner.commit().await.map_err(StoreError::query("commit"))
+        let written = events::write(&mut tx).await?;
+        tx.inner.commit().await.map_err(StoreError::query("commit"))?;
+        Ok(written)
     }
 
     /// Lets running statements end and closes every connection.

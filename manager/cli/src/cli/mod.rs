@@ -167,6 +167,9 @@ pub(crate) enum Command {
     /// The Threat Event Log: what happened
     #[command(subcommand)]
     Event(Event),
+    /// Threat events on their way to other systems
+    #[command(subcommand)]
+    Export(Export),
     /// Orders, and how far they have come
     #[command(subcommand)]
     Task(Task),
@@ -257,6 +260,21 @@ pub(crate) enum Account {
         /// Its name
         name: String,
     },
+}
+
+/// `tmctl export`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Export {
+    /// List exporters: what their receivers have, and what waits
+    #[command(
+        long_about = "List exporters: the last event that each one's receiver took, how many events wait \
+        and for how long, and why it does not go on. Exporters stand in the managers' configuration, as \
+        [[export]].\n\n\
+        Examples:\n  \
+        tmctl export list\n  \
+        tmctl export list -o json"
+    )]
+    List,
 }
 
 /// `tmctl audit`.

@@ -9,6 +9,7 @@ mod confirm;
 pub(crate) mod coverage;
 pub(crate) mod endpoint;
 pub(crate) mod event;
+pub(crate) mod export;
 mod follow;
 mod ordered;
 pub(crate) mod pattern;

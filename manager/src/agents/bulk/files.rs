@@ -21,6 +21,7 @@ use hyper::body::{Bytes, Frame};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::{Moved, turns::Turn};
+use crate::metrics::METRICS;
 
 /// What is read of a file at a time and written to a link at a time, in bytes.
 pub(crate) const PIECE: usize = 256 << 10;
@@ -121,6 +122,7 @@ pub(super) fn body(
         sending.turn.pay(most).await;
         let piece = piece(&sending.file, part.start, most).await?;
         sending.open.0.add(piece.len());
+        METRICS.bulk_down(piece.len());
         let next = part.start + u64::try_from(piece.len()).unwrap_or(u64::MAX);
         Ok(Some((Frame::data(piece), (sending, next..part.end))))
     });

@@ -32,6 +32,7 @@ use super::{
     turns::{Busy, Turn},
     uploads::{Announced, Standing, UploadError, Writer},
 };
+use crate::metrics::METRICS;
 
 /// Longest announcement, in bytes.
 const ANNOUNCEMENT: usize = 4096;
@@ -151,6 +152,7 @@ async fn receive(
             }
         };
         moved.add(bytes.len());
+        METRICS.bulk_up(bytes.len());
         writer.write(&bytes).await?;
         turn.pay(bytes.len()).await;
         if turn.is_over() {

@@ -22,7 +22,10 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use crate::limits::Rate;
+use crate::{
+    limits::Rate,
+    metrics::{Held, METRICS},
+};
 
 /// How many, and how long.
 const RULES: Rules = Rules {
@@ -130,6 +133,7 @@ impl Turns {
                 if wait.0.fetch_add(1, Ordering::Relaxed) >= self.shared.rules.waiting {
                     return Err(Busy);
                 }
+                let _waits = Held::one(METRICS.queue("bulk"));
                 let place =
                     timeout(self.shared.rules.patience, Arc::clone(&self.places).acquire_owned()).await;
                 place.map_err(|_| Busy)?.map_err(|_| Busy)?
