@@ -348,6 +348,8 @@ async fn take(mut from: ReadHalf<'_>, parcels: mpsc::Sender<(Instant, Parcel)>, 
         if n == 0 {
             return;
         }
+        // What is the rule at the moment at which they come.
+        let now = *rules.borrow().of(way);
         let mut bytes = chunk[..n].to_vec();
         let at = now.flip.and_then(|at| at.checked_sub(taken)).and_then(|at| usize::try_from(at).ok());
         if let Some(byte) = at.and_then(|at| bytes.get_mut(at)) {

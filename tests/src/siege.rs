@@ -84,13 +84,15 @@ pub fn source(n: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 1, 0, 1)) + n % 0x00fe_0000)
 }
 
-/// Connects from the `n`th source.
+/// Connects from a source, or from where the good ones are.
 ///
 /// # Errors
 /// If there is no connection.
-pub async fn connect(from: u32, to: SocketAddr) -> io::Result<TcpStream> {
+pub async fn connect(from: Option<u32>, to: SocketAddr) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
-    socket.bind((source(from), 0).into())?;
+    if let Some(from) = from {
+        socket.bind((source(from), 0).into())?;
+    }
     let stream = socket.connect(to).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
@@ -108,7 +110,8 @@ pub fn raise_descriptors() -> u64 {
 }
 
 impl Siege {
-    /// Begins a siege of `at` by `count` clients of each of these manners, from `sources` addresses in turn.
+    /// Begins a siege of `at` by `count` clients of each of these manners, from `sources` addresses in turn (none:
+    /// from the one where the good ones are).
     ///
     /// # Panics
     /// Outside of a runtime.
@@ -151,7 +154,7 @@ async fn besiege(number: u32, sources: u32, at: SocketAddr, manner: &Manner, tal
     // Not all in the same moment.
     sleep(Duration::from_micros(u64::from(number) * 200)).await;
     loop {
-        match connect(number % sources, at).await {
+        match connect(number.checked_rem(sources), at).await {
             Ok(stream) => {
                 tally.opened.fetch_add(1, Ordering::Relaxed);
                 let open = Open::new(tally);
