@@ -45,17 +45,16 @@ pub(crate) struct Port {
 /// Accepts until the manager ends.
 pub(crate) async fn run(listener: TcpListener, port: Port) {
     let strangers = Arc::new(Semaphore::new(STRANGERS));
-    let _listening = Listening::begin();
+    let _listening = Listening;
     loop {
+        // Whoever only waits for links is listening, however the last attempt ended.
+        METRICS.agent_port_listening.set(1);
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = port.shared.ending.cancelled() => return,
         };
         let (stream, from) = match accepted {
-            Ok(accepted) => {
-                METRICS.agent_port_listening.set(1);
-                accepted
-            }
+            Ok(accepted) => accepted,
             Err(error) => {
                 METRICS.agent_port_listening.set(0);
                 // Out of descriptors, mostly: whoever waits in the backlog is served when some are free.
@@ -91,15 +90,8 @@ pub(crate) async fn run(listener: TcpListener, port: Port) {
     }
 }
 
-/// As long as this lives, the port is listened on.
+/// Says, when it is dropped, that the port is not listened on any more.
 struct Listening;
-
-impl Listening {
-    fn begin() -> Self {
-        METRICS.agent_port_listening.set(1);
-        Self
-    }
-}
 
 impl Drop for Listening {
     fn drop(&mut self) {
