@@ -87,7 +87,12 @@ async fn accept(
 ) {
     let strangers = Strangers::new(places);
     let chairs = Arc::new(Semaphore::new(places + LEAVING));
+    let listening = of_agents.then_some(Listening);
     loop {
+        // Whoever only waits for links is listening, however the last attempt ended.
+        if let Some(listening) = &listening {
+            listening.say(true);
+        }
         let accepted = tokio::select! {
             accepted = seated(&listener, &chairs) => accepted,
             () = ending.cancelled() => return,
@@ -95,6 +100,9 @@ async fn accept(
         let (chair, (stream, from)) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
+                if let Some(listening) = &listening {
+                    listening.say(false);
+                }
                 // Out of descriptors, mostly: whoever waits in the backlog is served when some are free.
                 tracing::warn!(%error, "Cannot accept.");
                 sleep(Duration::from_millis(100)).await;
@@ -116,6 +124,21 @@ async fn accept(
             wait(stream, from, place, heard).await;
             drop(chair);
         });
+    }
+}
+
+/// Tells the metrics whether the agents' port is listened on; dropped, it is not.
+struct Listening;
+
+impl Listening {
+    fn say(&self, is_so: bool) {
+        METRICS.agent_port_listening.set(i64::from(is_so));
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.say(false);
     }
 }
 

@@ -44,7 +44,6 @@ pub(crate) struct Port {
 
 /// Serves whoever comes out of the lobby, until the manager ends.
 pub(crate) async fn run(mut lobby: mpsc::Receiver<Heard>, port: Port) {
-    let _listening = Listening::begin();
     loop {
         let heard = tokio::select! {
             heard = lobby.recv() => heard,
@@ -61,7 +60,7 @@ pub(crate) async fn run(mut lobby: mpsc::Receiver<Heard>, port: Port) {
                 greeted = greet(start, from, &place, &port) => greeted,
                 () = place.is_lost() => {
                     Err(io::Error::new(io::ErrorKind::Interrupted, "another one needs the place"))
-                },
+                }
             };
             match greeted {
                 Ok(greeted) => serve(greeted, from, place, &port).await,
@@ -84,22 +83,6 @@ pub(crate) fn places() -> usize {
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let quarter = descriptors.map_or(usize::MAX, |most| usize::try_from(most / 4).unwrap_or(usize::MAX));
     STRANGERS.min(quarter)
-}
-
-/// As long as this lives, the port is listened on.
-struct Listening;
-
-impl Listening {
-    fn begin() -> Self {
-        METRICS.agent_port_listening.set(1);
-        Self
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        METRICS.agent_port_listening.set(0);
-    }
 }
 
 /// A link after its handshake.

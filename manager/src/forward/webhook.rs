@@ -43,7 +43,7 @@ pub(super) struct Webhook {
 /// What shows who we are.
 enum Proof {
     Bearer(HeaderValue),
-    Hmac(hmac::Key),
+    Hmac(Box<hmac::Key>),
 }
 
 impl std::fmt::Debug for Webhook {
@@ -118,7 +118,7 @@ impl Webhook {
                 Proof::Bearer(value)
             }
             Credential::Hmac(secret) => {
-                Proof::Hmac(hmac::Key::new(hmac::HMAC_SHA256, secret.expose().as_bytes()))
+                Proof::Hmac(Box::new(hmac::Key::new(hmac::HMAC_SHA256, secret.expose().as_bytes())))
             }
         };
         let url = Url::parse(&to.url).map_err(|error| bad(&error))?;

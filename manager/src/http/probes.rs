@@ -5,7 +5,7 @@
 //! often he does, the database is asked once a second.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -20,7 +20,10 @@ use axum::{
 };
 use serde::Serialize;
 use tm_protocol::ids::ManagerId;
-use tokio::sync::Mutex;
+use tokio::{
+    sync::{Mutex, Semaphore},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{AppState, now_ms};
@@ -50,6 +53,8 @@ pub(crate) struct Probes {
     /// Folders whose disks must have room.
     folders: Vec<PathBuf>,
     ending: CancellationToken,
+    /// Held by the one look at the disks that there is at a time: a disk that does not answer holds it for long.
+    disks: Arc<Semaphore>,
     ready: Mutex<Option<(Instant, Vec<Failing>)>>,
     counted: Mutex<Option<Instant>>,
 }
@@ -76,7 +81,8 @@ impl Probes {
         folders: Vec<PathBuf>,
         ending: CancellationToken,
     ) -> Arc<Self> {
-        Arc::new(Self { store, manager, folders, ending, ready: Mutex::default(), counted: Mutex::default() })
+        let (disks, ready, counted) = (Arc::new(Semaphore::new(1)), Mutex::default(), Mutex::default());
+        Arc::new(Self { store, manager, folders, ending, disks, ready, counted })
     }
 
     /// What keeps the manager from its work, as it was within the last second.
@@ -93,7 +99,7 @@ impl Probes {
     async fn look(&self) -> Vec<Failing> {
         let mut failing = Vec::new();
         let mut miss = |check, message| failing.push(Failing { check, message });
-        let database = tokio::time::timeout(PATIENCE, self.store.is_current()).await;
+        let database = timeout(PATIENCE, self.store.is_current()).await;
         METRICS.database_up.set(i64::from(matches!(database, Ok(Ok(true)))));
         match database {
             Ok(Ok(true)) => {}
@@ -107,23 +113,27 @@ impl Probes {
         if METRICS.agent_port_listening.get() != 1 {
             miss("agent-port", "links of agents are not accepted");
         }
-        for folder in &self.folders {
-            match rustix::fs::statvfs(folder) {
-                Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < LEAST_SPACE => {
-                    miss("disk", "less than 128 MiB are free where the manager keeps its files");
-                }
-                // Some file systems do not count files: they say that there are none at all.
-                Ok(disk) if disk.f_files > 0 && disk.f_favail < LEAST_FILES => {
-                    miss("disk", "hardly any more files can be made where the manager keeps its files");
-                }
-                Ok(_) => {}
-                Err(_) => miss("disk", "a folder of the manager is gone"),
-            }
+        if let Some(message) = self.full().await {
+            miss("disk", message);
         }
         if self.ending.is_cancelled() {
             miss("ending", "the manager ends");
         }
         failing
+    }
+
+    /// What is wrong with the disks, if anything is.
+    async fn full(&self) -> Option<&'static str> {
+        const SILENT: &str = "a folder of the manager does not answer";
+        let Ok(alone) = Arc::clone(&self.disks).try_acquire_owned() else { return Some(SILENT) };
+        let folders = self.folders.clone();
+        // A folder may be on storage that is elsewhere, and away.
+        let look = tokio::task::spawn_blocking(move || {
+            let found = folders.iter().find_map(|folder| full(folder));
+            drop(alone);
+            found
+        });
+        timeout(PATIENCE, look).await.unwrap_or(Ok(Some(SILENT))).unwrap_or(Some(SILENT))
     }
 
     /// Everything that is measured, with what is counted in the database as it was within the last seconds.
@@ -135,7 +145,7 @@ impl Probes {
         let mut counted = self.counted.lock().await;
         let is_due = counted.is_none_or(|at| at.elapsed() >= COUNTED);
         if is_due && !failing.iter().any(|failing| matches!(failing.check, "database" | "schema")) {
-            match tokio::time::timeout(PATIENCE, self.count()).await {
+            match timeout(PATIENCE, self.count()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "Cannot count what the metrics show."),
                 Err(_) => tracing::warn!("Counting what the metrics show takes too long."),
@@ -164,6 +174,21 @@ impl Probes {
             }
         }
         Ok(())
+    }
+}
+
+/// What is wrong with a folder's disk, if anything is.
+fn full(folder: &Path) -> Option<&'static str> {
+    match rustix::fs::statvfs(folder) {
+        Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < LEAST_SPACE => {
+            Some("less than 128 MiB are free where the manager keeps its files")
+        }
+        // Some file systems do not count files: they say that there are none at all.
+        Ok(disk) if disk.f_files > 0 && disk.f_favail < LEAST_FILES => {
+            Some("hardly any more files can be made where the manager keeps its files")
+        }
+        Ok(_) => None,
+        Err(_) => Some("a folder of the manager is gone"),
     }
 }
 

@@ -80,6 +80,9 @@ impl Authority {
     }
 }
 
+/// Requests as they came: head and body.
+pub(super) type Requests = Arc<Mutex<Vec<(String, Vec<u8>)>>>;
+
 /// What a receiver has taken in, one list a connection (syslog) or request (webhook).
 #[derive(Debug, Clone, Default)]
 pub(super) struct Heard(Arc<Mutex<Vec<Vec<Got>>>>);
@@ -193,7 +196,7 @@ impl Receiver {
         at: SocketAddr,
         tls: Arc<ServerConfig>,
         heard: Heard,
-        heads: Arc<Mutex<Vec<(String, Vec<u8>)>>>,
+        requests: Requests,
         mut statuses: Vec<u16>,
     ) -> Self {
         Self::start(at, move |tcp, stop| {
@@ -203,7 +206,7 @@ impl Receiver {
             let status = if statuses.is_empty() { 200 } else { statuses.remove(0) };
             let batch: Value = serde_json::from_slice(&body).expect("a batch is JSON");
             let events = batch["events"].as_array().expect("a batch has events").clone();
-            heads.lock().unwrap_or_else(PoisonError::into_inner).push((head, body));
+            requests.lock().unwrap_or_else(PoisonError::into_inner).push((head, body));
             if status == 0 {
                 // Until the other side has had enough.
                 while !stop.load(Ordering::Relaxed) && !matches!(link.read(&mut [0; 64]), Ok(0) | Err(_)) {}
