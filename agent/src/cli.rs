@@ -5,13 +5,16 @@ use std::{
     io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
 use tm_protocol::{text::escape_for_display, token::EnrollmentToken};
+use zeroize::Zeroizing;
 
 use crate::{
+    config::Config,
     connection::{fetch, trust},
     daemon::{self, Status},
     doctor, enroll, local,
@@ -51,6 +54,11 @@ enum Command {
         /// A file that holds the token; `-` or nothing at all reads standard input
         #[arg(long, value_name = "FILE")]
         token_file: Option<PathBuf>,
+        /// The HTTP proxy to reach the managers through, now and afterwards (`http://[user:password@]host:port`;
+        /// visible to other users of this machine while the command runs). It is kept in the state folder's
+        /// agent.toml as `proxy`; without this option what stands there counts, and no environment variable does
+        #[arg(long, value_name = "URL")]
+        proxy: Option<String>,
     },
     /// Run the agent
     Run {
@@ -91,10 +99,12 @@ enum Command {
     /// Try what this machine offers, and say what is missing
     #[command(long_about = "Try what this machine offers, and say what is missing.\n\n\
             Starts a scan worker, as this user, and prints every part of its sandbox. As root it shows what \
-            the running agent has.\n\n\
+            the running agent has. If a proxy is set, it asks the proxy for a way to a manager.\n\n\
             Exit code: 0 nothing is missing, 1 something is.\n\n\
             Example:\n  tm-agent doctor -o json")]
     Doctor {
+        #[command(flatten)]
+        folder: DataFolder,
         /// How to print it
         #[arg(short, long, value_enum, default_value_t = doctor::Format::Text)]
         output: doctor::Format,
@@ -149,8 +159,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Scan(args) => local::scan(&args),
         Command::Pattern(PatternCommand::Check(args)) => standalone::check(&args),
         Command::Vault(command) => vault::standalone::run(&command),
-        Command::Enroll { folder, token, token_file } => {
-            finish(enroll_here(folder.data, token, token_file.as_deref()))
+        Command::Enroll { folder, token, token_file, proxy } => {
+            finish(enroll_here(folder.data, token, token_file.as_deref(), proxy))
         }
         Command::Run { folder, socket } => {
             let socket = socket.unwrap_or_else(|| local::socket_of(&folder.data));
@@ -160,7 +170,7 @@ pub(crate) fn run() -> ExitCode {
             Ok(code) => code,
             Err(error) => finish(Err(error)),
         },
-        Command::Doctor { output } => doctor::run(output),
+        Command::Doctor { folder, output } => doctor::run(&Paths::new(folder.data), output),
         Command::ScanWorker { mark: _ } => tm_scanner::worker::main(),
         Command::ScanSession { folder } => finish(serve_user(folder.data)),
         Command::Completions { shell } => {
@@ -189,7 +199,12 @@ fn finish(done: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> anyhow::Result<()> {
+fn enroll_here(
+    data: PathBuf,
+    token: Option<String>,
+    file: Option<&Path>,
+    proxy: Option<String>,
+) -> anyhow::Result<()> {
     let text = match (token, file) {
         (Some(token), _) => token,
         (None, Some(file)) if file != Path::new("-") => fs::read_to_string(file)
@@ -205,7 +220,14 @@ fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> any
     };
     let token: EnrollmentToken = text.parse()?;
     let paths = Paths::new(data);
-    let endpoint = runtime()?.block_on(enroll::enroll(&paths, &token))?;
+    let way = match proxy.map(Zeroizing::new) {
+        Some(setting) => {
+            let proxy = setting.parse().context("--proxy")?;
+            enroll::Way { proxy: Some(Arc::new(proxy)), setting: Some(setting) }
+        }
+        None => enroll::Way { proxy: Config::load(&paths)?.proxy, setting: None },
+    };
+    let endpoint = runtime()?.block_on(enroll::enroll(&paths, &token, &way))?;
     let _ = writeln!(io::stdout(), "{endpoint}");
     let shown = paths.root().display();
     let _ = writeln!(io::stderr(), "Enrolled as endpoint {endpoint}. Start it: tm-agent run --data {shown}");
@@ -262,6 +284,10 @@ fn status(paths: &Paths, format: StatusFormat) -> anyhow::Result<ExitCode> {
                 Some(manager) => format!("connected to {manager} since {}", status.since),
                 None => format!("disconnected since {}", status.since),
             };
+            let link = match &status.proxy {
+                Some(proxy) => format!("{link}, through the proxy {proxy}"),
+                None => link,
+            };
             let failure = status.last_failure.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
             escape_for_display(&format!(
                 "endpoint {} (tm-agent {}, pid {})",
@@ -276,6 +302,9 @@ fn status(paths: &Paths, format: StatusFormat) -> anyhow::Result<ExitCode> {
                 + &escape_for_display(&status.certificate_ends)
                 + &status.renewal_failure.as_ref().map_or_else(String::new, |why| {
                     format!("\n              not renewed: {}", escape_for_display(why))
+                })
+                + &status.settings_fault.as_ref().map_or_else(String::new, |why| {
+                    format!("\nsettings:     not used: {}", escape_for_display(why))
                 })
                 + &status.clock_ahead_s.map_or_else(String::new, |ahead| {
                     format!("\nclock:        {ahead} s ahead of the manager's")

@@ -41,7 +41,7 @@ use self::certificate::Links;
 use crate::{
     clock,
     config::Config,
-    connection::{self, ConnectError, Link, backoff},
+    connection::{self, ConnectError, Dialler, Link, backoff},
     enroll::Enrolled,
     local,
     paths::{Paths, replace},
@@ -85,6 +85,12 @@ pub(crate) struct Status {
     /// Since when it is connected or not (RFC 3339).
     pub(crate) since: String,
     pub(crate) last_failure: Option<Failure>,
+    /// Where the proxy is that every connection goes through, if one is set.
+    #[serde(default)]
+    pub(crate) proxy: Option<String>,
+    /// Why the settings are not used, if they are not.
+    #[serde(default)]
+    pub(crate) settings_fault: Option<String>,
     pub(crate) running_task: Option<String>,
     /// When the certificate ends (RFC 3339).
     #[serde(default)]
@@ -122,14 +128,14 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
     let _lock = lock(&paths)?;
     let (config, config_fault) = match Config::load(&paths) {
         Ok(config) => (config, None),
-        Err(error) => (Config::cautious(), Some(connection::chain(&error))),
+        Err(error) => (Config::cautious(&paths), Some(connection::chain(&error))),
     };
     let enrolled = Enrolled::load(&paths)?;
     let time = KnownTime::unknown();
     if let Some(offset_ms) = clock::last_known(&paths, &facts::boot_id()) {
         time.set(offset_ms);
     }
-    let links = Links::of(&enrolled, &time).map_err(DaemonError::Tls)?;
+    let links = Links::of(&enrolled, &time, config.proxy.as_ref()).map_err(DaemonError::Tls)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (tell, told) = mpsc::channel(TOLD);
@@ -142,6 +148,8 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
         pid: std::process::id(),
         since: jiff::Timestamp::now().to_string(),
         certificate_ends: ends(&enrolled),
+        proxy: config.proxy.as_ref().map(|proxy| proxy.address().to_string()),
+        settings_fault: config_fault.clone(),
         ..Status::default()
     };
     let mut agent = Agent {
@@ -351,7 +359,7 @@ impl Agent {
     }
 
     async fn try_session(&mut self, address: &Address) -> Result<Ended, ConnectError> {
-        let opening = open_session(address.clone(), Arc::clone(&self.links.control), self.hello());
+        let opening = open_session(address.clone(), self.links.control.clone(), self.hello());
         let (mut link, mut buffer, welcome) = match self.meanwhile(opening).await? {
             Opened::Welcomed(session) => *session,
             Opened::SentAway(goodbye) => return Ok(Ended::goodbye(goodbye)),
@@ -567,7 +575,7 @@ impl Agent {
             paths: self.paths.clone(),
             endpoint: self.enrolled.endpoint,
             manager: manager.or_else(|| self.enrolled.addresses.first().cloned()),
-            bulk: Arc::clone(&self.links.bulk),
+            bulk: self.links.bulk.clone(),
             tell: self.tell.clone(),
             boot: self.desk.boot(),
             vault: self.config.vault,
@@ -658,12 +666,8 @@ enum Opened {
     SentAway(Goodbye),
 }
 
-async fn open_session(
-    address: Address,
-    config: Arc<rustls::ClientConfig>,
-    hello: Hello,
-) -> Result<Opened, ConnectError> {
-    let mut link = connection::dial(&address, &config).await?;
+async fn open_session(address: Address, dialler: Dialler, hello: Hello) -> Result<Opened, ConnectError> {
+    let mut link = dialler.dial(&address).await?;
     let mut buffer = BytesMut::new();
     send(&mut link, hello.into()).await?;
     loop {

@@ -21,9 +21,11 @@ use tm_protocol::{
 };
 use tokio::time::timeout;
 use x509_parser::parse_x509_certificate;
+use zeroize::Zeroizing;
 
 use crate::{
-    connection::{self, ConnectError},
+    config::{self, ConfigError},
+    connection::{self, ConnectError, Dialler, proxy::Proxy},
     paths::{Paths, make_folder, replace, sync_folder},
     platform::facts,
     tls::{self, KnownTime, Pin},
@@ -53,6 +55,8 @@ pub(crate) enum EnrollError {
     Refused(tm_protocol::report::Failure),
     #[error("the manager's answer makes no sense: {0}")]
     Answer(&'static str),
+    #[error(transparent)]
+    Settings(#[from] ConfigError),
 }
 
 /// Who this endpoint is and whom it trusts.
@@ -172,8 +176,24 @@ impl Enrolled {
     }
 }
 
+/// How the managers are reached while an endpoint is enrolled, and afterwards.
+#[derive(Debug, Default)]
+pub(crate) struct Way {
+    /// The proxy, if there is one.
+    pub(crate) proxy: Option<Arc<Proxy>>,
+    /// Its setting, if it is to be kept for the agent.
+    pub(crate) setting: Option<Zeroizing<String>>,
+}
+
 /// Makes a key, has it certified by the manager that `token` names, and keeps the result.
-pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<EndpointId, EnrollError> {
+///
+/// # Errors
+/// If the endpoint is enrolled already, no manager lets it in, or the disk does not take it.
+pub(crate) async fn enroll(
+    paths: &Paths,
+    token: &EnrollmentToken,
+    way: &Way,
+) -> Result<EndpointId, EnrollError> {
     // A damaged identity is said before the token is spent: it could not be replaced afterwards.
     match Enrolled::load(paths) {
         Ok(enrolled) => return Err(EnrollError::AlreadyEnrolled(enrolled.endpoint)),
@@ -188,7 +208,7 @@ pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<End
         host: facts::host_name(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let (reply, ca) = ask(token, request).await?;
+    let (reply, ca) = ask(token, request, way.proxy.clone()).await?;
     let (endpoint, certificate, addresses) = match reply {
         // Which authority is trusted is what the token says; the reply may name another one that issues now.
         EnrollReply::Enrolled { endpoint, certificate, ca: _, addresses } => {
@@ -204,6 +224,11 @@ pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<End
     }
     let addresses = if addresses.is_empty() { token.addresses.clone() } else { addresses };
     let managers = Managers { fleet: identity.fleet, endpoint, addresses };
+    if let Some(setting) = &way.setting {
+        make_folder(paths.root())
+            .map_err(|source| EnrollError::Keep { path: paths.root().display().to_string(), source })?;
+        config::keep_proxy(paths, setting)?;
+    }
     // Before the identity: an endpoint that is enrolled knows whose patterns it may use.
     connection::trust::anchor(paths, token.root)
         .map_err(|source| EnrollError::Keep { path: paths.trust().display().to_string(), source })?;
@@ -228,17 +253,18 @@ pub(crate) fn certified(der: Vec<u8>, key: &KeyPair) -> Result<CertificateDer<'s
 async fn ask(
     token: &EnrollmentToken,
     request: EnrollRequest,
+    proxy: Option<Arc<Proxy>>,
 ) -> Result<(EnrollReply, CertificateDer<'static>), EnrollError> {
     let config = tls::client(Pin::Digest(token.ca), None, ALPN_ENROLL)
         .map_err(|_| EnrollError::Answer("TLS cannot be set up"))?;
-    let config = std::sync::Arc::new(config);
+    let dialler = Dialler::new(config, proxy);
     let mut buffer = BytesMut::new();
     ToManager::from(request)
         .encode(&mut buffer)
         .map_err(|_| EnrollError::Answer("the request is too large"))?;
     let mut failures = Vec::new();
     for address in &token.addresses {
-        match timeout(ANSWER, exchange(address, &config, &buffer, token.ca)).await {
+        match timeout(ANSWER, exchange(address, &dialler, &buffer, token.ca)).await {
             Ok(Ok(reply)) => return Ok(reply),
             Ok(Err(error)) => failures.push(format!("{address}: {}", connection::chain(&error))),
             Err(_) => failures.push(format!("{address}: no answer in {} s", ANSWER.as_secs())),
@@ -249,11 +275,11 @@ async fn ask(
 
 async fn exchange(
     address: &Address,
-    config: &std::sync::Arc<rustls::ClientConfig>,
+    dialler: &Dialler,
     request: &[u8],
     authority: Sha256,
 ) -> Result<(EnrollReply, CertificateDer<'static>), ConnectError> {
-    let mut stream = connection::dial(address, config).await?;
+    let mut stream = dialler.dial(address).await?;
     // The handshake was good, so that it is there.
     let ca = stream.get_ref().1.peer_certificates().unwrap_or_default().iter();
     let ca = ca.map(|certificate| certificate.clone().into_owned()).find(|c| Sha256::of(c) == authority);

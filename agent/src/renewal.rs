@@ -6,11 +6,10 @@
 //!
 //! **Invariant:** at every moment of an exchange one whole identity is on the disk, and [`Enrolled::load`] finds it.
 
-use std::{fs, io, sync::Arc, time::Duration};
+use std::{fs, io, time::Duration};
 
 use bytes::BytesMut;
 use rcgen::{CertificateParams, KeyPair};
-use rustls::ClientConfig;
 use tm_protocol::{
     address::Address,
     message::{Renew, Renewed, ToAgent, ToManager},
@@ -18,7 +17,7 @@ use tm_protocol::{
 use tokio::time::timeout;
 
 use crate::{
-    connection::{self, ConnectError},
+    connection::{self, ConnectError, Dialler},
     enroll::{EnrollError, Enrolled, certified},
     paths::{Paths, sync_folder},
 };
@@ -90,17 +89,17 @@ pub(crate) fn forget_old(paths: &Paths) -> io::Result<()> {
     }
 }
 
-/// Asks for a certificate over a link of its own; `config` is for renewals.
+/// Asks for a certificate over a link of its own; `dialler` is for renewals.
 ///
 /// # Errors
 /// If there is no such link, or no answer.
 pub(crate) async fn ask_late(
     address: Address,
-    config: Arc<ClientConfig>,
+    dialler: Dialler,
     request: Renew,
 ) -> Result<Renewed, ConnectError> {
     let asked = async {
-        let mut link = connection::dial(&address, &config).await?;
+        let mut link = dialler.dial(&address).await?;
         let mut bytes = BytesMut::new();
         ToManager::from(request).encode(&mut bytes).map_err(ConnectError::Frame)?;
         connection::write(&mut link, &bytes).await?;

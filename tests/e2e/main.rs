@@ -22,6 +22,7 @@ mod managers;
 mod memory;
 mod migrate;
 mod names;
+mod paths;
 mod progress;
 mod quick;
 mod roles;

@@ -7,10 +7,9 @@
 //! force.
 //! **Invariant:** without an anchor no pattern is used. A manager never supplies it.
 
-use std::{fs, io, sync::Arc, time::Duration};
+use std::{fs, io, time::Duration};
 
 use jiff::Timestamp;
-use rustls::ClientConfig;
 use tm_patterns::trust::{Bundle, MAX_BUNDLE, Start, TrustError, Use, Verified};
 use tm_protocol::{
     address::Address,
@@ -20,7 +19,10 @@ use tm_protocol::{
 };
 use tokio::{sync::Mutex, time::timeout};
 
-use super::fetch::{aside, small};
+use super::{
+    Dialler,
+    fetch::{aside, small},
+};
 use crate::paths::{Paths, make_folder, replace};
 
 /// How long the metadata may take.
@@ -63,12 +65,12 @@ pub(crate) fn in_force(paths: &Paths) -> Option<Verified> {
 pub(crate) async fn current(
     paths: &Paths,
     manager: Option<&Address>,
-    config: &Arc<ClientConfig>,
+    dialler: &Dialler,
     now: Timestamp,
 ) -> Judged {
     let _turn = TURN.lock().await;
     let fetched = match manager {
-        Some(address) => fetch(address, config).await,
+        Some(address) => fetch(address, dialler).await,
         None => Err("no manager's address is known".to_owned()),
     };
     let paths = paths.clone();
@@ -90,9 +92,9 @@ pub(crate) fn admit(set: &Verified, wanted: &PatternRef, endpoint: EndpointId) -
     }
 }
 
-async fn fetch(address: &Address, config: &Arc<ClientConfig>) -> Result<Vec<u8>, String> {
+async fn fetch(address: &Address, dialler: &Dialler) -> Result<Vec<u8>, String> {
     let most = u64::try_from(MAX_BUNDLE).unwrap_or(u64::MAX);
-    let whole = small(address, config, "/v1/trust", most);
+    let whole = small(address, dialler, "/v1/trust", most);
     let fetched = timeout(TRANSFER, whole).await;
     fetched.map_err(|_| format!("not complete after {} s", TRANSFER.as_secs()))?
 }

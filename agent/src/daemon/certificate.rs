@@ -18,7 +18,7 @@ use tm_protocol::{
 use super::{Agent, elapsed_ms, ends, now, signer};
 use crate::{
     clock,
-    connection::{self, Link},
+    connection::{self, Dialler, Link, proxy::Proxy},
     enroll::Enrolled,
     renewal,
     tasks::Event,
@@ -32,15 +32,19 @@ const SKEW_S: u64 = 600;
 
 /// The TLS of both kinds of link, with the present certificate.
 pub(super) struct Links {
-    pub(super) control: Arc<rustls::ClientConfig>,
-    pub(super) bulk: Arc<rustls::ClientConfig>,
+    pub(super) control: Dialler,
+    pub(super) bulk: Dialler,
 }
 
 impl Links {
-    pub(super) fn of(enrolled: &Enrolled, time: &KnownTime) -> Result<Self, rustls::Error> {
+    pub(super) fn of(
+        enrolled: &Enrolled,
+        time: &KnownTime,
+        proxy: Option<&Arc<Proxy>>,
+    ) -> Result<Self, rustls::Error> {
         Ok(Self {
-            control: Arc::new(enrolled.tls(ALPN_CONTROL, time)?),
-            bulk: Arc::new(enrolled.tls(ALPN_BULK, time)?),
+            control: Dialler::new(enrolled.tls(ALPN_CONTROL, time)?, proxy.cloned()),
+            bulk: Dialler::new(enrolled.tls(ALPN_BULK, time)?, proxy.cloned()),
         })
     }
 }
@@ -106,7 +110,9 @@ impl Agent {
             if !self.enrolled.keep_roots(&self.paths, roots).map_err(RenewalError::Keep)? {
                 return Ok(None);
             }
-            Links::of(&self.enrolled, &self.time).map(Some).map_err(RenewalError::Tls)
+            Links::of(&self.enrolled, &self.time, self.config.proxy.as_ref())
+                .map(Some)
+                .map_err(RenewalError::Tls)
         });
         match kept {
             Ok(None) => {}
@@ -126,7 +132,7 @@ impl Agent {
         let installed = match renewed {
             Renewed::Certified { certificate } => tokio::task::block_in_place(|| {
                 let enrolled = asked.install(&self.paths, &self.enrolled, certificate)?;
-                let links = Links::of(&enrolled, &self.time)?;
+                let links = Links::of(&enrolled, &self.time, self.config.proxy.as_ref())?;
                 Ok::<_, RenewalError>((enrolled, links))
             }),
             Renewed::Refused(failure) => Err(RenewalError::Refused(escape_for_display(&failure.to_string()))),
@@ -155,8 +161,8 @@ impl Agent {
 
     /// Renews a certificate that has ended. `true` if that went well.
     pub(super) async fn renew_late(&mut self, address: &Address) -> bool {
-        let config = match self.enrolled.tls(ALPN_RENEW, &self.time) {
-            Ok(config) => Arc::new(config),
+        let dialler = match self.enrolled.tls(ALPN_RENEW, &self.time) {
+            Ok(config) => Dialler::new(config, self.config.proxy.clone()),
             Err(error) => {
                 tracing::warn!(%error, "A renewal cannot be set up.");
                 return false;
@@ -170,7 +176,7 @@ impl Agent {
             }
         };
         self.asked = Some(asked);
-        match self.meanwhile(renewal::ask_late(address.clone(), config, request)).await {
+        match self.meanwhile(renewal::ask_late(address.clone(), dialler, request)).await {
             Ok(renewed) => self.renewed(renewed),
             Err(error) => {
                 self.asked = None;
