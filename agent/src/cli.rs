@@ -3,8 +3,9 @@
 use std::{
     fs,
     io::{self, Read as _, Write as _},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{self, ExitCode},
     sync::Arc,
 };
 
@@ -261,7 +262,18 @@ fn run_daemon(data: PathBuf, socket: &Path) -> anyhow::Result<()> {
     let done = runtime.block_on(daemon::run(Paths::new(data), socket));
     // A scan that is being called off may take a moment; the agent's end does not wait for it.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
-    Ok(done?)
+    match done? {
+        daemon::End::Told => Ok(()),
+        daemon::End::Another => Err(begin_anew()).context("cannot begin anew"),
+    }
+}
+
+/// Runs this program from its beginning, as the same process and as it was called. It returns only if it cannot.
+fn begin_anew() -> io::Error {
+    // The file may have been replaced meanwhile; what runs is then still there, under another name.
+    let program = std::env::current_exe().ok().filter(|path| path.is_file());
+    let program = program.unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
+    process::Command::new(program).args(std::env::args_os().skip(1)).exec()
 }
 
 /// Prints what the running agent last wrote about itself.

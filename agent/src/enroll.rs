@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tm_protocol::{
     ALPN_ENROLL,
     address::Address,
-    identity::{Identity, Role},
+    identity::Role,
     ids::{EndpointId, FleetId, Sha256},
     message::{EnrollReply, EnrollRequest, ToAgent, ToManager},
     token::EnrollmentToken,
@@ -33,6 +33,9 @@ use crate::{
 
 /// How long the manager may take to answer.
 const ANSWER: Duration = Duration::from_secs(20);
+
+/// In the folder of an identity: the endpoint that the state folder was copied from, until what is its is set aside.
+const COPIED: &str = "copied-from";
 
 /// Why an endpoint was not enrolled, or its identity cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -123,16 +126,21 @@ impl Enrolled {
         })
     }
 
-    /// Whether a certificate's name is this endpoint's.
-    pub(crate) fn is_named_by(&self, identity: &Identity) -> bool {
-        identity.role == Role::Endpoint(self.endpoint) && identity.fleet == self.fleet
-    }
-
-    /// Writes this identity, with another certificate and key, beside its place.
-    pub(crate) fn write_with(&self, paths: &Paths, certificate: &[u8], key: &[u8]) -> io::Result<()> {
-        let managers =
-            Managers { fleet: self.fleet, endpoint: self.endpoint, addresses: self.addresses.clone() };
-        write_beside(paths, &managers, certificate, &tls::one_after_the_other(&self.roots), key)
+    /// Writes the identity of `endpoint`, with the managers and authorities of this one, beside its place. If that is
+    /// another endpoint than this one, it is marked as such ([`set_aside`]).
+    pub(crate) fn write_as(
+        &self,
+        paths: &Paths,
+        endpoint: EndpointId,
+        certificate: &[u8],
+        key: &[u8],
+    ) -> io::Result<()> {
+        let managers = Managers { fleet: self.fleet, endpoint, addresses: self.addresses.clone() };
+        write_beside(paths, &managers, certificate, &tls::one_after_the_other(&self.roots), key)?;
+        if endpoint == self.endpoint {
+            return Ok(());
+        }
+        replace(&paths.new_identity().join(COPIED), self.endpoint.to_string().as_bytes())
     }
 
     /// The key of the certificate, to sign receipts with.
@@ -174,6 +182,37 @@ impl Enrolled {
         let managers = Managers { fleet: self.fleet, endpoint: self.endpoint, addresses };
         replace(&paths.identity().join("managers.json"), &serde_json::to_vec_pretty(&managers)?)
     }
+}
+
+/// Sets aside what a copied folder holds of the endpoint that it was copied from, if this identity took the place of
+/// that one's and it was not done yet: `journal` becomes `journal.of-<endpoint>`, `vault` becomes `vault.of-<endpoint>`.
+/// Nothing of it is carried out, reported or removed. To be called before either is opened.
+///
+/// # Errors
+/// If the disk does not let it; it is then tried again at the next start.
+pub(crate) fn set_aside(paths: &Paths) -> io::Result<()> {
+    let mark = paths.identity().join(COPIED);
+    let of = match fs::read_to_string(&mark) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    // A mark that cannot be read means the same.
+    let of = of.trim().parse::<EndpointId>().map_or_else(|_| "another".to_owned(), |id| id.to_string());
+    for folder in [paths.journal(), paths.vault()] {
+        // Done before a crash, or never there.
+        if !folder.exists() {
+            continue;
+        }
+        // What was set aside of the same endpoint before stays.
+        let places = std::iter::once(format!("of-{of}")).chain((2..).map(|n| format!("of-{of}.{n}")));
+        if let Some(aside) = places.map(|end| folder.with_extension(end)).find(|aside| !aside.exists()) {
+            fs::rename(&folder, &aside)?;
+        }
+    }
+    sync_folder(paths.root())?;
+    fs::remove_file(&mark)?;
+    sync_folder(&paths.identity())
 }
 
 /// How the managers are reached while an endpoint is enrolled, and afterwards.
@@ -297,6 +336,9 @@ async fn exchange(
         | ToAgent::NoticesStored(_)
         | ToAgent::Renewed(_)
         | ToAgent::Authorities(_)
+        | ToAgent::Held(_)
+        | ToAgent::NewIdentity(_)
+        | ToAgent::RenewNow(_)
         | ToAgent::Cancel(_) => Err(ConnectError::Protocol("an answer that was not asked for")),
     }
 }
@@ -336,4 +378,44 @@ fn write_beside(
     replace(&new.join("certificate.der"), certificate)?;
     replace(&new.join("ca.der"), ca)?;
     replace(&new.join("managers.json"), &serde_json::to_vec_pretty(managers)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_copied_is_set_aside_once_wherever_the_machine_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::new(folder.path().to_path_buf());
+        let mark = paths.identity().join(COPIED);
+        let of: EndpointId = "01890c5e-9f4b-7cc0-98ab-0123456789ab".parse().unwrap();
+        let there = |name: &str| folder.path().join(name).exists();
+        for path in [paths.identity(), paths.journal(), paths.vault()] {
+            fs::create_dir(path).unwrap();
+        }
+        // Nothing was copied.
+        set_aside(&paths).unwrap();
+        assert!(there("journal") && there("vault"));
+        // The machine stopped between the two, and before the mark went.
+        fs::write(&mark, of.to_string()).unwrap();
+        let (journal, vault) = (format!("journal.of-{of}"), format!("vault.of-{of}"));
+        fs::rename(paths.journal(), folder.path().join(&journal)).unwrap();
+        set_aside(&paths).unwrap();
+        assert!(there(&journal) && there(&vault) && !mark.exists() && !there("journal") && !there("vault"));
+        // What is made afterwards is its own.
+        fs::create_dir(paths.journal()).unwrap();
+        set_aside(&paths).unwrap();
+        assert!(there("journal"));
+        // A mark that is damaged is no reason to use what is not one's own.
+        fs::write(&mark, "nonsense").unwrap();
+        set_aside(&paths).unwrap();
+        assert!(there("journal.of-another") && !there("journal") && !mark.exists());
+        // What was set aside before stays what it is.
+        fs::write(&mark, of.to_string()).unwrap();
+        fs::create_dir(paths.journal()).unwrap();
+        fs::write(folder.path().join(&journal).join("old"), "x").unwrap();
+        set_aside(&paths).unwrap();
+        assert!(there(&format!("{journal}/old")) && there(&format!("{journal}.2")) && !there("journal"));
+    }
 }

@@ -26,7 +26,7 @@ use crate::{
         bulk::Bulk,
         doors::Doors,
         enrollment::Guard,
-        expiry,
+        expiry, held,
         intake::Intake,
         listener::{self, Port},
         meter::Meters,
@@ -95,6 +95,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         intake: Intake::start(store.clone(), &config.limits, ending.clone()),
         doors: Doors::start(store.clone()),
         registry: registry.clone(),
+        held: held::Places::default(),
         meters: Meters::new(config.limits),
         authorities: Arc::clone(&live),
         manager,
@@ -131,6 +132,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(authorities::cut(store.clone(), registry.clone(), manager, cuts, ending.clone()));
     loops.spawn(tls::keep_fresh(Arc::clone(&shown), ports, changed, ending.clone()));
     loops.spawn(expiry::run(store.clone(), live, shown, ending.clone()));
+    loops.spawn(held::remind(store.clone(), registry.clone(), ending.clone()));
     loops.spawn(peers.clone().beat(ending.clone()));
     loops.spawn(peers.clone().listen(Arc::clone(&nudge), ending.clone()));
     loops.spawn(peers.clone().pass_on(ordered, Arc::clone(&nudge), ending.clone()));

@@ -8,6 +8,7 @@ mod bulk;
 mod certificates;
 mod churn;
 mod cleanup;
+mod clones;
 mod cost;
 mod coverage;
 mod digests;

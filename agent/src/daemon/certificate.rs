@@ -90,6 +90,15 @@ impl Agent {
         }
     }
 
+    /// The key was copied: the next certificate is asked for as soon as no task runs. That is said again until it is done.
+    pub(super) fn renew_now(&mut self) {
+        if self.anew_at.is_none() {
+            tracing::info!("This endpoint's key was copied, and is replaced.");
+            self.anew_at = Some(Instant::now());
+            self.ask_after = None;
+        }
+    }
+
     /// Trusts the authorities that a manager names, if the one that vouches for this very manager is among them.
     pub(super) fn learn(&mut self, told: Authorities, link: &Link) {
         let manager = link.get_ref().1.peer_certificates().and_then(|chain| chain.first());
@@ -131,7 +140,8 @@ impl Agent {
         let Some(asked) = self.asked.take() else { return false };
         let installed = match renewed {
             Renewed::Certified { certificate } => tokio::task::block_in_place(|| {
-                let enrolled = asked.install(&self.paths, &self.enrolled, certificate)?;
+                let enrolled =
+                    asked.install(&self.paths, &self.enrolled, self.enrolled.endpoint, certificate)?;
                 let links = Links::of(&enrolled, &self.time, self.config.proxy.as_ref())?;
                 Ok::<_, RenewalError>((enrolled, links))
             }),
