@@ -3,8 +3,10 @@
 use std::{
     fs,
     io::{self, Read as _, Write as _},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{self, ExitCode},
+    sync::Arc,
 };
 
 use anyhow::Context as _;
@@ -14,6 +16,7 @@ use tm_protocol::{
     text::escape_for_display,
     token::EnrollmentToken,
 };
+use zeroize::Zeroizing;
 
 use crate::{
     config::Config,
@@ -56,6 +59,11 @@ enum Command {
         /// A file that holds the token; `-` or nothing at all reads standard input
         #[arg(long, value_name = "FILE")]
         token_file: Option<PathBuf>,
+        /// The HTTP proxy to reach the managers through, now and afterwards (`http://[user:password@]host:port`;
+        /// visible to other users of this machine while the command runs). It is kept in the state folder's
+        /// agent.toml as `proxy`; without this option what stands there counts, and no environment variable does
+        #[arg(long, value_name = "URL")]
+        proxy: Option<String>,
     },
     /// Run the agent
     Run {
@@ -96,10 +104,12 @@ enum Command {
     /// Try what this machine offers, and say what is missing
     #[command(long_about = "Try what this machine offers, and say what is missing.\n\n\
             Starts a scan worker, as this user, and prints every part of its sandbox. As root it shows what \
-            the running agent has.\n\n\
+            the running agent has. If a proxy is set, it asks the proxy for a way to a manager.\n\n\
             Exit code: 0 nothing is missing, 1 something is.\n\n\
             Example:\n  tm-agent doctor -o json")]
     Doctor {
+        #[command(flatten)]
+        folder: DataFolder,
         /// How to print it
         #[arg(short, long, value_enum, default_value_t = doctor::Format::Text)]
         output: doctor::Format,
@@ -154,8 +164,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Scan(args) => local::scan(&args),
         Command::Pattern(PatternCommand::Check(args)) => standalone::check(&args),
         Command::Vault(command) => vault::standalone::run(&command),
-        Command::Enroll { folder, token, token_file } => {
-            finish(enroll_here(folder.data, token, token_file.as_deref()))
+        Command::Enroll { folder, token, token_file, proxy } => {
+            finish(enroll_here(folder.data, token, token_file.as_deref(), proxy))
         }
         Command::Run { folder, socket } => {
             let socket = socket.unwrap_or_else(|| local::socket_of(&folder.data));
@@ -165,7 +175,7 @@ pub(crate) fn run() -> ExitCode {
             Ok(code) => code,
             Err(error) => finish(Err(error)),
         },
-        Command::Doctor { output } => doctor::run(output),
+        Command::Doctor { folder, output } => doctor::run(&Paths::new(folder.data), output),
         Command::ScanWorker { mark: _ } => tm_scanner::worker::main(),
         Command::ScanSession { folder } => finish(serve_user(folder.data)),
         Command::Completions { shell } => {
@@ -194,7 +204,12 @@ fn finish(done: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> anyhow::Result<()> {
+fn enroll_here(
+    data: PathBuf,
+    token: Option<String>,
+    file: Option<&Path>,
+    proxy: Option<String>,
+) -> anyhow::Result<()> {
     let text = match (token, file) {
         (Some(token), _) => token,
         (None, Some(file)) if file != Path::new("-") => fs::read_to_string(file)
@@ -210,7 +225,14 @@ fn enroll_here(data: PathBuf, token: Option<String>, file: Option<&Path>) -> any
     };
     let token: EnrollmentToken = text.parse()?;
     let paths = Paths::new(data);
-    let endpoint = runtime()?.block_on(enroll::enroll(&paths, &token))?;
+    let way = match proxy.map(Zeroizing::new) {
+        Some(setting) => {
+            let proxy = setting.parse().context("--proxy")?;
+            enroll::Way { proxy: Some(Arc::new(proxy)), setting: Some(setting) }
+        }
+        None => enroll::Way { proxy: Config::load(&paths)?.proxy, setting: None },
+    };
+    let endpoint = runtime()?.block_on(enroll::enroll(&paths, &token, &way))?;
     let _ = writeln!(io::stdout(), "{endpoint}");
     let shown = paths.root().display();
     let _ = writeln!(io::stderr(), "Enrolled as endpoint {endpoint}. Start it: tm-agent run --data {shown}");
@@ -255,7 +277,18 @@ fn run_daemon(data: PathBuf, socket: &Path) -> anyhow::Result<()> {
     let done = runtime.block_on(daemon::run(paths, socket));
     // A scan that is being called off may take a moment; the agent's end does not wait for it.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
-    Ok(done?)
+    match done? {
+        daemon::End::Told => Ok(()),
+        daemon::End::Another => Err(begin_anew()).context("cannot begin anew"),
+    }
+}
+
+/// Runs this program from its beginning, as the same process and as it was called. It returns only if it cannot.
+fn begin_anew() -> io::Error {
+    // The file may have been replaced meanwhile; what runs is then still there, under another name.
+    let program = std::env::current_exe().ok().filter(|path| path.is_file());
+    let program = program.unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
+    process::Command::new(program).args(std::env::args_os().skip(1)).exec()
 }
 
 /// Prints what the running agent last wrote about itself.
@@ -278,6 +311,10 @@ fn status(paths: &Paths, format: StatusFormat) -> anyhow::Result<ExitCode> {
                 Some(manager) => format!("connected to {manager} since {}", status.since),
                 None => format!("disconnected since {}", status.since),
             };
+            let link = match &status.proxy {
+                Some(proxy) => format!("{link}, through the proxy {proxy}"),
+                None => link,
+            };
             let failure = status.last_failure.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
             escape_for_display(&format!(
                 "endpoint {} (tm-agent {}, pid {})",
@@ -292,6 +329,9 @@ fn status(paths: &Paths, format: StatusFormat) -> anyhow::Result<ExitCode> {
                 + &escape_for_display(&status.certificate_ends)
                 + &status.renewal_failure.as_ref().map_or_else(String::new, |why| {
                     format!("\n              not renewed: {}", escape_for_display(why))
+                })
+                + &status.settings_fault.as_ref().map_or_else(String::new, |why| {
+                    format!("\nsettings:     not used: {}", escape_for_display(why))
                 })
                 + &status.clock_ahead_s.map_or_else(String::new, |ahead| {
                     format!("\nclock:        {ahead} s ahead of the manager's")

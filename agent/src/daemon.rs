@@ -3,6 +3,8 @@
 //! **Invariant:** two agents never use one folder; the second says who holds it and ends.
 
 mod certificate;
+mod held;
+mod opening;
 
 use std::{
     collections::BTreeMap,
@@ -33,16 +35,19 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::sleep,
 };
 use uuid::Uuid;
 
-use self::certificate::Links;
+use self::{
+    certificate::Links,
+    opening::{Opened, open_session},
+};
 use crate::{
     clock,
     config::Config,
     connection::{self, ConnectError, Link, backoff},
-    enroll::Enrolled,
+    enroll::{self, Enrolled},
     local,
     paths::{Paths, replace},
     platform::facts,
@@ -57,8 +62,6 @@ use crate::{
     tls::KnownTime,
 };
 
-/// How long the manager may take to welcome us.
-const WELCOME: Duration = Duration::from_secs(15);
 /// How often facts are looked at again.
 const INVENTORY: Duration = Duration::from_secs(60);
 /// A session that lasted this long starts the waits anew.
@@ -85,6 +88,12 @@ pub(crate) struct Status {
     /// Since when it is connected or not (RFC 3339).
     pub(crate) since: String,
     pub(crate) last_failure: Option<Failure>,
+    /// Where the proxy is that every connection goes through, if one is set.
+    #[serde(default)]
+    pub(crate) proxy: Option<String>,
+    /// Why the settings are not used, if they are not.
+    #[serde(default)]
+    pub(crate) settings_fault: Option<String>,
     pub(crate) running_task: Option<String>,
     /// When the certificate ends (RFC 3339).
     #[serde(default)]
@@ -117,19 +126,30 @@ pub(crate) enum DaemonError {
     Signals(#[source] std::io::Error),
 }
 
-/// Runs until it is told to end; users' scans come in at `socket`.
-pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> {
+/// Why the agent ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It was told to.
+    Told,
+    /// It has become another endpoint: the process has to begin anew, so that nothing of the old one goes on in it.
+    Another,
+}
+
+/// Runs until it is told to end, or has become another endpoint; users' scans come in at `socket`.
+pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<End, DaemonError> {
     let _lock = lock(&paths)?;
     let (config, config_fault) = match Config::load(&paths) {
         Ok(config) => (config, None),
-        Err(error) => (Config::cautious(), Some(connection::chain(&error))),
+        Err(error) => (Config::cautious(&paths), Some(connection::chain(&error))),
     };
     let enrolled = Enrolled::load(&paths)?;
+    enroll::set_aside(&paths)
+        .map_err(|source| DaemonError::Folder { path: paths.root().display().to_string(), source })?;
     let time = KnownTime::unknown();
     if let Some(offset_ms) = clock::last_known(&paths, &facts::boot_id()) {
         time.set(offset_ms);
     }
-    let links = Links::of(&enrolled, &time).map_err(DaemonError::Tls)?;
+    let links = Links::of(&enrolled, &time, config.proxy.as_ref()).map_err(DaemonError::Tls)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (tell, told) = mpsc::channel(TOLD);
@@ -142,6 +162,8 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
         pid: std::process::id(),
         since: jiff::Timestamp::now().to_string(),
         certificate_ends: ends(&enrolled),
+        proxy: config.proxy.as_ref().map(|proxy| proxy.address().to_string()),
+        settings_fault: config_fault.clone(),
         ..Status::default()
     };
     let mut agent = Agent {
@@ -162,6 +184,8 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
         links,
         time,
         asked: None,
+        own_key: None,
+        is_another: false,
         ask_after: None,
         anew_at: None,
         spread: rand::random(),
@@ -181,16 +205,17 @@ pub(crate) async fn run(paths: Paths, socket: &Path) -> Result<(), DaemonError> 
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(endpoint = %agent.enrolled.endpoint, "The agent runs.");
     tokio::select! {
-        () = agent.connect_for_ever() => {}
+        () = agent.connect_until_another() => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
+    let end = if agent.is_another { End::Another } else { End::Told };
     for cancel in agent.cancels.values() {
         cancel.store(true, Ordering::Release);
     }
     let _ = std::fs::remove_file(agent.paths.status());
     tracing::info!("The agent ends.");
-    Ok(())
+    Ok(end)
 }
 
 /// Scans for this endpoint's users, until it is dropped. An agent that cannot does everything else.
@@ -268,8 +293,12 @@ struct Agent {
     time: KnownTime,
     /// The key whose certificate is awaited in this session.
     asked: Option<renewal::Asked>,
+    /// The key for an identity of its own, while another agent has this one's, too.
+    own_key: Option<renewal::Asked>,
+    /// Whether the identity on disk is another endpoint's.
+    is_another: bool,
     /// When the next certificate is to be asked for although the present one is still good for long: another
-    /// authority issues now.
+    /// authority issues now, or its key was copied.
     anew_at: Option<Instant>,
     /// When a refused renewal may be asked for again.
     ask_after: Option<Instant>,
@@ -288,13 +317,16 @@ struct Ended {
 }
 
 impl Agent {
-    async fn connect_for_ever(&mut self) {
+    async fn connect_until_another(&mut self) {
         let mut failures = 0;
         loop {
             let mut retry_after = Duration::ZERO;
             for address in self.enrolled.addresses.clone() {
                 let before = self.desk.stored();
                 let ended = self.session(&address).await;
+                if self.is_another {
+                    return;
+                }
                 self.asked = None;
                 if ended.error.is_expired() && self.renew_late(&address).await {
                     failures = 0;
@@ -351,10 +383,14 @@ impl Agent {
     }
 
     async fn try_session(&mut self, address: &Address) -> Result<Ended, ConnectError> {
-        let opening = open_session(address.clone(), Arc::clone(&self.links.control), self.hello());
+        let opening = open_session(address.clone(), self.links.control.clone(), self.hello());
         let (mut link, mut buffer, welcome) = match self.meanwhile(opening).await? {
             Opened::Welcomed(session) => *session,
             Opened::SentAway(goodbye) => return Ok(Ended::goodbye(goodbye)),
+            Opened::Held(waiting) => {
+                let (link, buffer, held) = *waiting;
+                return self.wait_as_held(link, buffer, held).await;
+            }
         };
         self.welcomed(address, &welcome);
         let mut inventory = None;
@@ -395,7 +431,14 @@ impl Agent {
                             self.learn(authorities, &link);
                             Vec::new()
                         }
+                        ToAgent::RenewNow(_) => {
+                            self.renew_now();
+                            Vec::new()
+                        }
                         ToAgent::Goodbye(goodbye) => return Ok(Ended::goodbye(goodbye)),
+                        ToAgent::Held(_) | ToAgent::NewIdentity(_) => {
+                            return Err(ConnectError::Protocol("a session is not held"));
+                        }
                         ToAgent::EnrollReply(_) => return Err(ConnectError::Protocol("an enrollment nobody asked for")),
                     }
                 }
@@ -454,7 +497,7 @@ impl Agent {
             task_kinds: TaskKind::ALL.iter().map(|kind| kind.number()).collect(),
             stream: self.desk.stream(),
             clock_ms: now().unix_ms,
-            last_failure: self.status.last_failure.clone(),
+            last_failure: self.last_failure(),
         }
     }
 
@@ -567,7 +610,7 @@ impl Agent {
             paths: self.paths.clone(),
             endpoint: self.enrolled.endpoint,
             manager: manager.or_else(|| self.enrolled.addresses.first().cloned()),
-            bulk: Arc::clone(&self.links.bulk),
+            bulk: self.links.bulk.clone(),
             tell: self.tell.clone(),
             boot: self.desk.boot(),
             vault: self.config.vault,
@@ -649,38 +692,6 @@ fn now() -> Now {
     Now {
         elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
         unix_ms: i64::try_from(unix.as_millis()).unwrap_or(i64::MAX),
-    }
-}
-
-/// A link on which the manager has said welcome, or goodbye.
-enum Opened {
-    Welcomed(Box<(Link, BytesMut, Welcome)>),
-    SentAway(Goodbye),
-}
-
-async fn open_session(
-    address: Address,
-    config: Arc<rustls::ClientConfig>,
-    hello: Hello,
-) -> Result<Opened, ConnectError> {
-    let mut link = connection::dial(&address, &config).await?;
-    let mut buffer = BytesMut::new();
-    send(&mut link, hello.into()).await?;
-    loop {
-        let first = timeout(WELCOME, connection::read(&mut link, &mut buffer)).await;
-        match first.map_err(|_| ConnectError::Timeout)?? {
-            ToAgent::Welcome(welcome) => return Ok(Opened::Welcomed(Box::new((link, buffer, welcome)))),
-            ToAgent::Goodbye(goodbye) => return Ok(Opened::SentAway(goodbye)),
-            ToAgent::Ping(Ping { nonce }) => send(&mut link, Pong { nonce }.into()).await?,
-            ToAgent::Pong(_)
-            | ToAgent::Assign(_)
-            | ToAgent::ReportStored(_)
-            | ToAgent::NoticesStored(_)
-            | ToAgent::EnrollReply(_)
-            | ToAgent::Renewed(_)
-            | ToAgent::Authorities(_)
-            | ToAgent::Cancel(_) => return Err(ConnectError::Protocol("a message before the welcome")),
-        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! `tm-agent doctor`: tries what this endpoint offers, and says what is missing.
 //!
 //! **Invariant:** nothing is taken from configuration or documentation: a real worker is started, looks at a
-//! real file and reports what is in force around it.
+//! real file and reports what is in force around it; a proxy that is set is asked for a way to a manager.
 //!
 //! With `-o json` it prints one object: `{"ok":BOOL,"parts":[{"part","state":"ok|not-needed|missing",
 //! "detail"}]}`. Exit code: 0 if nothing is missing, 1 otherwise.
@@ -23,6 +23,13 @@ use tm_scanner::{
     item::Item,
     pool::{PoolOptions, ScanPool, WorkerProgram},
     sandbox::{PartState, State},
+};
+
+use crate::{
+    config::{Config, ConfigError},
+    connection::{self, proxy::Proxy},
+    enroll::{EnrollError, Enrolled},
+    paths::Paths,
 };
 
 /// Something that the rule of the trial finds, and its rule.
@@ -66,7 +73,7 @@ impl From<&PartState> for Line {
 }
 
 /// Tries everything and prints it.
-pub(crate) fn run(format: Format) -> ExitCode {
+pub(crate) fn run(paths: &Paths, format: Format) -> ExitCode {
     let mut parts = Vec::new();
     match trial() {
         Ok(sandbox) => {
@@ -76,6 +83,7 @@ pub(crate) fn run(format: Format) -> ExitCode {
         }
         Err(error) => parts.push(Line { part: "worker", state: "missing", detail: format!("{error:#}") }),
     }
+    parts.push(proxy(paths));
     let report = Report { ok: parts.iter().all(|line| line.state != "missing"), parts };
     let mut out = io::stdout().lock();
     match print(&mut out, &report, format).and_then(|()| out.flush()) {
@@ -92,6 +100,44 @@ fn print(out: &mut impl io::Write, report: &Report, format: Format) -> io::Resul
             writeln!(out, "{part:<17} {state:<11} {}", escape_for_display(detail))
         }),
     }
+}
+
+/// Asks the proxy, if one is set, for a way to a manager. Nothing is said to the manager.
+fn proxy(paths: &Paths) -> Line {
+    let (state, detail) = match Config::load(paths) {
+        Ok(Config { proxy: None, .. }) => ("not-needed", "none is set".to_owned()),
+        Ok(Config { proxy: Some(proxy), .. }) => match way(paths, &proxy) {
+            Ok(detail) => ("ok", detail),
+            Err(error) => ("missing", format!("{}: {error:#}", proxy.address())),
+        },
+        Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
+            ("not-needed", "the settings are for root to read; only root can try it".to_owned())
+        }
+        Err(error) => ("missing", connection::chain(&error)),
+    };
+    Line { part: "proxy", state, detail }
+}
+
+fn way(paths: &Paths, proxy: &Proxy) -> anyhow::Result<String> {
+    let managers = match Enrolled::load(paths) {
+        Ok(enrolled) => enrolled.addresses,
+        Err(EnrollError::NotEnrolled) => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let ask = |manager| runtime.block_on(connection::try_proxy(proxy, manager));
+    if managers.is_empty() {
+        ask(None)?;
+        return Ok(format!("{} is there; no manager is known yet", proxy.address()));
+    }
+    let mut failure = None;
+    for manager in &managers {
+        match ask(Some(manager)) {
+            Ok(()) => return Ok(format!("{} opens a way to {manager}", proxy.address())),
+            Err(error) => failure = Some(anyhow::Error::from(error).context(format!("no way to {manager}"))),
+        }
+    }
+    Err(failure.context("no manager is known")?)
 }
 
 /// Starts a worker and has it find something; what is in force around it, or what went wrong.

@@ -14,16 +14,18 @@ use serde::{Deserialize, Serialize};
 use tm_protocol::{
     ALPN_ENROLL,
     address::Address,
-    identity::{Identity, Role},
+    identity::Role,
     ids::{EndpointId, FleetId, Sha256},
     message::{EnrollReply, EnrollRequest, ToAgent, ToManager},
     token::EnrollmentToken,
 };
 use tokio::time::timeout;
 use x509_parser::parse_x509_certificate;
+use zeroize::Zeroizing;
 
 use crate::{
-    connection::{self, ConnectError},
+    config::{self, ConfigError},
+    connection::{self, ConnectError, Dialler, proxy::Proxy},
     paths::{Paths, make_folder, replace, sync_folder},
     platform::facts,
     tls::{self, KnownTime, Pin},
@@ -31,6 +33,9 @@ use crate::{
 
 /// How long the manager may take to answer.
 const ANSWER: Duration = Duration::from_secs(20);
+
+/// In the folder of an identity: the endpoint that the state folder was copied from, until what is its is set aside.
+const COPIED: &str = "copied-from";
 
 /// Why an endpoint was not enrolled, or its identity cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +58,8 @@ pub(crate) enum EnrollError {
     Refused(tm_protocol::report::Failure),
     #[error("the manager's answer makes no sense: {0}")]
     Answer(&'static str),
+    #[error(transparent)]
+    Settings(#[from] ConfigError),
 }
 
 /// Who this endpoint is and whom it trusts.
@@ -119,16 +126,21 @@ impl Enrolled {
         })
     }
 
-    /// Whether a certificate's name is this endpoint's.
-    pub(crate) fn is_named_by(&self, identity: &Identity) -> bool {
-        identity.role == Role::Endpoint(self.endpoint) && identity.fleet == self.fleet
-    }
-
-    /// Writes this identity, with another certificate and key, beside its place.
-    pub(crate) fn write_with(&self, paths: &Paths, certificate: &[u8], key: &[u8]) -> io::Result<()> {
-        let managers =
-            Managers { fleet: self.fleet, endpoint: self.endpoint, addresses: self.addresses.clone() };
-        write_beside(paths, &managers, certificate, &tls::one_after_the_other(&self.roots), key)
+    /// Writes the identity of `endpoint`, with the managers and authorities of this one, beside its place. If that is
+    /// another endpoint than this one, it is marked as such ([`set_aside`]).
+    pub(crate) fn write_as(
+        &self,
+        paths: &Paths,
+        endpoint: EndpointId,
+        certificate: &[u8],
+        key: &[u8],
+    ) -> io::Result<()> {
+        let managers = Managers { fleet: self.fleet, endpoint, addresses: self.addresses.clone() };
+        write_beside(paths, &managers, certificate, &tls::one_after_the_other(&self.roots), key)?;
+        if endpoint == self.endpoint {
+            return Ok(());
+        }
+        replace(&paths.new_identity().join(COPIED), self.endpoint.to_string().as_bytes())
     }
 
     /// The key of the certificate, to sign receipts with.
@@ -172,8 +184,55 @@ impl Enrolled {
     }
 }
 
+/// Sets aside what a copied folder holds of the endpoint that it was copied from, if this identity took the place of
+/// that one's and it was not done yet: `journal` becomes `journal.of-<endpoint>`, `vault` becomes `vault.of-<endpoint>`.
+/// Nothing of it is carried out, reported or removed. To be called before either is opened.
+///
+/// # Errors
+/// If the disk does not let it; it is then tried again at the next start.
+pub(crate) fn set_aside(paths: &Paths) -> io::Result<()> {
+    let mark = paths.identity().join(COPIED);
+    let of = match fs::read_to_string(&mark) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    // A mark that cannot be read means the same.
+    let of = of.trim().parse::<EndpointId>().map_or_else(|_| "another".to_owned(), |id| id.to_string());
+    for folder in [paths.journal(), paths.vault()] {
+        // Done before a crash, or never there.
+        if !folder.exists() {
+            continue;
+        }
+        // What was set aside of the same endpoint before stays.
+        let places = std::iter::once(format!("of-{of}")).chain((2..).map(|n| format!("of-{of}.{n}")));
+        if let Some(aside) = places.map(|end| folder.with_extension(end)).find(|aside| !aside.exists()) {
+            fs::rename(&folder, &aside)?;
+        }
+    }
+    sync_folder(paths.root())?;
+    fs::remove_file(&mark)?;
+    sync_folder(&paths.identity())
+}
+
+/// How the managers are reached while an endpoint is enrolled, and afterwards.
+#[derive(Debug, Default)]
+pub(crate) struct Way {
+    /// The proxy, if there is one.
+    pub(crate) proxy: Option<Arc<Proxy>>,
+    /// Its setting, if it is to be kept for the agent.
+    pub(crate) setting: Option<Zeroizing<String>>,
+}
+
 /// Makes a key, has it certified by the manager that `token` names, and keeps the result.
-pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<EndpointId, EnrollError> {
+///
+/// # Errors
+/// If the endpoint is enrolled already, no manager lets it in, or the disk does not take it.
+pub(crate) async fn enroll(
+    paths: &Paths,
+    token: &EnrollmentToken,
+    way: &Way,
+) -> Result<EndpointId, EnrollError> {
     // A damaged identity is said before the token is spent: it could not be replaced afterwards.
     match Enrolled::load(paths) {
         Ok(enrolled) => return Err(EnrollError::AlreadyEnrolled(enrolled.endpoint)),
@@ -188,7 +247,7 @@ pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<End
         host: facts::host_name(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let (reply, ca) = ask(token, request).await?;
+    let (reply, ca) = ask(token, request, way.proxy.clone()).await?;
     let (endpoint, certificate, addresses) = match reply {
         // Which authority is trusted is what the token says; the reply may name another one that issues now.
         EnrollReply::Enrolled { endpoint, certificate, ca: _, addresses } => {
@@ -204,6 +263,11 @@ pub(crate) async fn enroll(paths: &Paths, token: &EnrollmentToken) -> Result<End
     }
     let addresses = if addresses.is_empty() { token.addresses.clone() } else { addresses };
     let managers = Managers { fleet: identity.fleet, endpoint, addresses };
+    if let Some(setting) = &way.setting {
+        make_folder(paths.root())
+            .map_err(|source| EnrollError::Keep { path: paths.root().display().to_string(), source })?;
+        config::keep_proxy(paths, setting)?;
+    }
     // Before the identity: an endpoint that is enrolled knows whose patterns it may use.
     connection::trust::anchor(paths, token.root)
         .map_err(|source| EnrollError::Keep { path: paths.trust().display().to_string(), source })?;
@@ -228,17 +292,18 @@ pub(crate) fn certified(der: Vec<u8>, key: &KeyPair) -> Result<CertificateDer<'s
 async fn ask(
     token: &EnrollmentToken,
     request: EnrollRequest,
+    proxy: Option<Arc<Proxy>>,
 ) -> Result<(EnrollReply, CertificateDer<'static>), EnrollError> {
     let config = tls::client(Pin::Digest(token.ca), None, ALPN_ENROLL)
         .map_err(|_| EnrollError::Answer("TLS cannot be set up"))?;
-    let config = std::sync::Arc::new(config);
+    let dialler = Dialler::new(config, proxy);
     let mut buffer = BytesMut::new();
     ToManager::from(request)
         .encode(&mut buffer)
         .map_err(|_| EnrollError::Answer("the request is too large"))?;
     let mut failures = Vec::new();
     for address in &token.addresses {
-        match timeout(ANSWER, exchange(address, &config, &buffer, token.ca)).await {
+        match timeout(ANSWER, exchange(address, &dialler, &buffer, token.ca)).await {
             Ok(Ok(reply)) => return Ok(reply),
             Ok(Err(error)) => failures.push(format!("{address}: {}", connection::chain(&error))),
             Err(_) => failures.push(format!("{address}: no answer in {} s", ANSWER.as_secs())),
@@ -249,11 +314,11 @@ async fn ask(
 
 async fn exchange(
     address: &Address,
-    config: &std::sync::Arc<rustls::ClientConfig>,
+    dialler: &Dialler,
     request: &[u8],
     authority: Sha256,
 ) -> Result<(EnrollReply, CertificateDer<'static>), ConnectError> {
-    let mut stream = connection::dial(address, config).await?;
+    let mut stream = dialler.dial(address).await?;
     // The handshake was good, so that it is there.
     let ca = stream.get_ref().1.peer_certificates().unwrap_or_default().iter();
     let ca = ca.map(|certificate| certificate.clone().into_owned()).find(|c| Sha256::of(c) == authority);
@@ -271,6 +336,9 @@ async fn exchange(
         | ToAgent::NoticesStored(_)
         | ToAgent::Renewed(_)
         | ToAgent::Authorities(_)
+        | ToAgent::Held(_)
+        | ToAgent::NewIdentity(_)
+        | ToAgent::RenewNow(_)
         | ToAgent::Cancel(_) => Err(ConnectError::Protocol("an answer that was not asked for")),
     }
 }
@@ -310,4 +378,44 @@ fn write_beside(
     replace(&new.join("certificate.der"), certificate)?;
     replace(&new.join("ca.der"), ca)?;
     replace(&new.join("managers.json"), &serde_json::to_vec_pretty(managers)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_copied_is_set_aside_once_wherever_the_machine_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::new(folder.path().to_path_buf());
+        let mark = paths.identity().join(COPIED);
+        let of: EndpointId = "01890c5e-9f4b-7cc0-98ab-0123456789ab".parse().unwrap();
+        let there = |name: &str| folder.path().join(name).exists();
+        for path in [paths.identity(), paths.journal(), paths.vault()] {
+            fs::create_dir(path).unwrap();
+        }
+        // Nothing was copied.
+        set_aside(&paths).unwrap();
+        assert!(there("journal") && there("vault"));
+        // The machine stopped between the two, and before the mark went.
+        fs::write(&mark, of.to_string()).unwrap();
+        let (journal, vault) = (format!("journal.of-{of}"), format!("vault.of-{of}"));
+        fs::rename(paths.journal(), folder.path().join(&journal)).unwrap();
+        set_aside(&paths).unwrap();
+        assert!(there(&journal) && there(&vault) && !mark.exists() && !there("journal") && !there("vault"));
+        // What is made afterwards is its own.
+        fs::create_dir(paths.journal()).unwrap();
+        set_aside(&paths).unwrap();
+        assert!(there("journal"));
+        // A mark that is damaged is no reason to use what is not one's own.
+        fs::write(&mark, "nonsense").unwrap();
+        set_aside(&paths).unwrap();
+        assert!(there("journal.of-another") && !there("journal") && !mark.exists());
+        // What was set aside before stays what it is.
+        fs::write(&mark, of.to_string()).unwrap();
+        fs::create_dir(paths.journal()).unwrap();
+        fs::write(folder.path().join(&journal).join("old"), "x").unwrap();
+        set_aside(&paths).unwrap();
+        assert!(there(&format!("{journal}/old")) && there(&format!("{journal}.2")) && !there("journal"));
+    }
 }

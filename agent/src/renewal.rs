@@ -6,19 +6,20 @@
 //!
 //! **Invariant:** at every moment of an exchange one whole identity is on the disk, and [`Enrolled::load`] finds it.
 
-use std::{fs, io, sync::Arc, time::Duration};
+use std::{fs, io, time::Duration};
 
 use bytes::BytesMut;
 use rcgen::{CertificateParams, KeyPair};
-use rustls::ClientConfig;
 use tm_protocol::{
     address::Address,
+    identity::{Identity, Role},
+    ids::EndpointId,
     message::{Renew, Renewed, ToAgent, ToManager},
 };
 use tokio::time::timeout;
 
 use crate::{
-    connection::{self, ConnectError},
+    connection::{self, ConnectError, Dialler},
     enroll::{EnrollError, Enrolled, certified},
     paths::{Paths, sync_folder},
 };
@@ -38,28 +39,40 @@ impl Asked {
     /// # Errors
     /// If no key can be made.
     pub(crate) fn new() -> Result<(Self, Renew), EnrollError> {
-        let key = KeyPair::generate().map_err(EnrollError::Key)?;
-        let csr = CertificateParams::default().serialize_request(&key).map_err(EnrollError::Key)?;
-        Ok((Self { key }, Renew { csr: csr.der().to_vec() }))
+        let asked = Self { key: KeyPair::generate().map_err(EnrollError::Key)? };
+        let request = asked.request()?;
+        Ok((asked, request))
     }
 
-    /// Puts the identity with this `certificate` in the place of the present one. Waits for the disk.
+    /// The request for the certificate of this key.
     ///
     /// # Errors
-    /// If the certificate is not ours and for our key, or the disk does not take it. The present one then stays.
+    /// If the key cannot sign it.
+    pub(crate) fn request(&self) -> Result<Renew, EnrollError> {
+        let csr = CertificateParams::default().serialize_request(&self.key).map_err(EnrollError::Key)?;
+        Ok(Renew { csr: csr.der().to_vec() })
+    }
+
+    /// Puts the identity of `endpoint` with this `certificate` in the place of the present one: the present endpoint's
+    /// next, or that of another endpoint which this one is from now on. Waits for the disk.
+    ///
+    /// # Errors
+    /// If the certificate is not this endpoint's, in our fleet and for our key, or the disk does not take it. The present
+    /// one then stays.
     pub(crate) fn install(
-        self,
+        &self,
         paths: &Paths,
         present: &Enrolled,
+        endpoint: EndpointId,
         certificate: Vec<u8>,
     ) -> Result<Enrolled, EnrollError> {
         let certificate = certified(certificate, &self.key)?;
-        let identity = crate::tls::identity_of(&certificate);
-        if identity.is_none_or(|found| !present.is_named_by(&found)) {
+        let named = Identity { role: Role::Endpoint(endpoint), fleet: present.fleet };
+        if crate::tls::identity_of(&certificate) != Some(named) {
             return Err(EnrollError::Answer("the certificate is for somebody else"));
         }
         let keep = |source| EnrollError::Keep { path: paths.identity().display().to_string(), source };
-        present.write_with(paths, &certificate, &self.key.serialize_der()).map_err(keep)?;
+        present.write_as(paths, endpoint, &certificate, &self.key.serialize_der()).map_err(keep)?;
         exchange(paths).map_err(keep)?;
         Enrolled::load(paths)
     }
@@ -90,17 +103,17 @@ pub(crate) fn forget_old(paths: &Paths) -> io::Result<()> {
     }
 }
 
-/// Asks for a certificate over a link of its own; `config` is for renewals.
+/// Asks for a certificate over a link of its own; `dialler` is for renewals.
 ///
 /// # Errors
 /// If there is no such link, or no answer.
 pub(crate) async fn ask_late(
     address: Address,
-    config: Arc<ClientConfig>,
+    dialler: Dialler,
     request: Renew,
 ) -> Result<Renewed, ConnectError> {
     let asked = async {
-        let mut link = connection::dial(&address, &config).await?;
+        let mut link = dialler.dial(&address).await?;
         let mut bytes = BytesMut::new();
         ToManager::from(request).encode(&mut bytes).map_err(ConnectError::Frame)?;
         connection::write(&mut link, &bytes).await?;
@@ -116,6 +129,9 @@ pub(crate) async fn ask_late(
             | ToAgent::NoticesStored(_)
             | ToAgent::EnrollReply(_)
             | ToAgent::Authorities(_)
+            | ToAgent::Held(_)
+            | ToAgent::NewIdentity(_)
+            | ToAgent::RenewNow(_)
             | ToAgent::Cancel(_) => Err(ConnectError::Protocol("an answer that was not asked for")),
         }
     };

@@ -15,6 +15,8 @@ pub(crate) enum Permission {
     ChangeEndpoints,
     /// Shut an agent out for ever.
     RevokeEndpoints,
+    /// Make an agent that is held an endpoint of its own.
+    ApproveEndpoints,
     /// Remove what is known about a revoked endpoint.
     ForgetEndpoints,
     ReadTasks,
@@ -63,7 +65,8 @@ pub(crate) const fn allows(role: Role, permission: Permission) -> bool {
             Role::Administrator | Role::Operator => true,
             Role::Viewer => false,
         },
-        Permission::ForgetEndpoints
+        Permission::ApproveEndpoints
+        | Permission::ForgetEndpoints
         | Permission::ChangeTrust
         | Permission::ChangeTokens
         | Permission::ReadAccounts
@@ -100,6 +103,7 @@ mod tests {
             (Permission::ReadEndpoints, [true, true, true]),
             (Permission::ChangeEndpoints, [true, true, false]),
             (Permission::RevokeEndpoints, [true, true, false]),
+            (Permission::ApproveEndpoints, [true, false, false]),
             (Permission::ForgetEndpoints, [true, false, false]),
             (Permission::ReadTasks, [true, true, true]),
             (Permission::OrderTasks, [true, true, false]),

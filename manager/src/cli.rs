@@ -5,7 +5,7 @@ mod rotation;
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write as _},
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -252,7 +252,7 @@ impl New {
             bail!("port 0 is not an address that agents could be told");
         }
         if let Some(wrong) = self.names.iter().find(|name| config::public_name(name).is_none()) {
-            bail!("`{}` is not a host name or an IP address, with or without a port", wrong.escape_debug());
+            bail!("`{}` is not {}", wrong.escape_debug(), config::expected_name(wrong));
         }
         if self.patterns.as_ref().is_some_and(|folder| !folder.is_absolute()) {
             bail!("the folder for patterns is to be named from the root (`/…`)");
@@ -269,10 +269,15 @@ impl New {
 
     /// Where administrators on this machine reach it.
     fn reach(&self) -> SocketAddr {
-        if self.admin.ip().is_unspecified() {
-            SocketAddr::new([127, 0, 0, 1].into(), self.admin.port())
-        } else {
-            self.admin
+        match self.admin.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => {
+                SocketAddr::new(Ipv4Addr::LOCALHOST.into(), self.admin.port())
+            }
+            // Such a socket takes IPv4 too, unless the system says otherwise; IPv6 it takes always.
+            IpAddr::V6(ip) if ip.is_unspecified() => {
+                SocketAddr::new(Ipv6Addr::LOCALHOST.into(), self.admin.port())
+            }
+            IpAddr::V4(_) | IpAddr::V6(_) => self.admin,
         }
     }
 }

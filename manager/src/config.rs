@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -131,11 +131,7 @@ impl TryFrom<Raw> for Config {
         let public_names = raw
             .public_names
             .iter()
-            .map(|name| {
-                public_name(name).ok_or_else(|| {
-                    value("public_names", name, "a host name or an IP address, with or without a port")
-                })
-            })
+            .map(|name| public_name(name).ok_or_else(|| value("public_names", name, expected_name(name))))
             .collect::<Result<_, _>>()?;
         let heartbeat = duration(&raw.heartbeat)
             .filter(|d| (Duration::from_millis(200)..=Duration::from_secs(27)).contains(d))
@@ -185,8 +181,28 @@ fn loopback(text: &str) -> Result<SocketAddr, ConfigError> {
     })
 }
 
+/// Whether a text is an IPv6 address of one link (fe80::/10), with or without a zone, brackets and a port. Whoever is
+/// told it would look on a link of his own.
+pub(crate) fn is_of_one_link(text: &str) -> bool {
+    let host = text.strip_prefix('[').map_or(text, |rest| rest.split(']').next().unwrap_or(rest));
+    let address = host.split('%').next().unwrap_or(host);
+    address.parse::<Ipv6Addr>().is_ok_and(|address| address.is_unicast_link_local())
+}
+
+/// What is expected of a public name, where `text` is none.
+pub(crate) fn expected_name(text: &str) -> &'static str {
+    if is_of_one_link(text) {
+        "an address that agents elsewhere could use (fe80::/10 means the own link of whoever hears it)"
+    } else {
+        "a host name or an IP address, with or without a port"
+    }
+}
+
 /// A name alone, or one with the port of whatever forwards to the manager.
 pub(crate) fn public_name(text: &str) -> Option<(String, Option<u16>)> {
+    if is_of_one_link(text) {
+        return None;
+    }
     if Address::new(text, 1).is_ok() {
         return Some((text.to_owned(), None));
     }
@@ -326,6 +342,18 @@ mod tests {
             assert_eq!(config.database.as_deref(), Some("sqlite:/x y\"z"));
             assert_eq!(config.public_names.len(), 1);
         }
+    }
+
+    #[test]
+    fn an_address_of_one_link_is_no_name_for_others() {
+        for text in ["fe80::1", "fe80::1%eth0", "[fe80::1]:4433", "[fe80::1%2]:4433", "FEBF::1"] {
+            assert!(public_name(text).is_none(), "{text}");
+            assert!(expected_name(text).contains("fe80::/10"), "{text}");
+        }
+        for text in ["fec0::1", "[2001:db8::1]:4433", "fe80.example"] {
+            assert!(public_name(text).is_some(), "{text}");
+        }
+        assert!(!expected_name("a b").contains("fe80"), "that is wrong for another reason");
     }
 
     #[test]

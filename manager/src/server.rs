@@ -25,7 +25,7 @@ use crate::{
         bulk::Bulk,
         doors::Doors,
         enrollment::Guard,
-        expiry,
+        expiry, held,
         intake::Intake,
         links::Links,
         listener::{self, Port},
@@ -116,6 +116,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
         doors: Doors::start(store.clone()),
         lookups: Lookups::start(store.clone()),
         registry: registry.clone(),
+        held: held::Places::default(),
         meters: Meters::new(config.limits),
         authorities: Arc::clone(&live),
         manager,
@@ -163,6 +164,7 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     loops.spawn(authorities::cut(store.clone(), registry.clone(), manager, cuts, ending.clone()));
     loops.spawn(tls::keep_fresh(Arc::clone(&shown), ports, changed, ending.clone()));
     loops.spawn(expiry::run(store.clone(), live, shown, ending.clone()));
+    loops.spawn(held::remind(store.clone(), registry.clone(), ending.clone()));
     loops.spawn(peers.clone().beat(ending.clone()));
     loops.spawn(peers.clone().listen(Arc::clone(&nudge), ending.clone()));
     loops.spawn(peers.clone().pass_on(ordered, Arc::clone(&nudge), ending.clone()));

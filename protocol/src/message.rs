@@ -96,6 +96,9 @@ messages! {
         109 NoticesStored <= 64;
         110 Renewed <= 32 * KIB;
         111 Authorities <= 64 * KIB;
+        112 Held <= 64;
+        113 NewIdentity <= 32 * KIB;
+        114 RenewNow <= 16;
     }
 }
 
@@ -317,6 +320,36 @@ impl Authorities {
     /// Most authorities at a time.
     pub const MAX: usize = 8;
 }
+
+/// The manager's answer to [`Hello`] while another agent with the same identity is connected and answers. The agent says
+/// its [`Inventory`] and asks for a certificate ([`Renew`]) for an identity of its own, and waits; it gets
+/// [`NewIdentity`] or [`Goodbye`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Held {
+    /// The manager's clock, in milliseconds since 1970.
+    pub clock_ms: i64,
+    /// As in [`Welcome`].
+    pub heartbeat_ms: u32,
+}
+
+impl Held {
+    /// The code of [`Hello::last_failure`] by which an agent that was held says so when it comes again: it is held again,
+    /// whoever comes first after a manager was away.
+    pub const CODE: &str = "identity-held";
+}
+
+/// A held agent is an endpoint of its own from now on. What it has of the other one's tasks is not its own.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct NewIdentity {
+    /// Who it is.
+    pub endpoint: EndpointId,
+    /// Its certificate (DER), for the key that it asked for.
+    pub certificate: Vec<u8>,
+}
+
+/// The agent's key was copied: it makes a new one as soon as no task runs, and asks for its certificate ([`Renew`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct RenewNow;
 
 /// How a task ended. Variants are only ever added at the end.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

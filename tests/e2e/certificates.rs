@@ -402,8 +402,8 @@ fn a_copied_identity_is_reported_and_the_first_agent_keeps_its_session() {
         reported["advice"].as_str().is_some_and(|advice| advice.contains("endpoint revoke")),
         "{reported}"
     );
-    wait_for("the copy to say why it is sent away", PATIENCE, || {
-        copy.command(&["status"]).both().contains("identity-in-use").then_some(())
+    wait_for("the copy to say why it is held", PATIENCE, || {
+        copy.command(&["status"]).both().contains("identity-held").then_some(())
     });
     assert!(lab.is_connected(&agent));
     lab.scan(&agent, &folder).expect(10);

@@ -229,7 +229,7 @@ fn an_identity_that_is_used_twice_is_noticed_across_managers() {
     let first = start(&runtime, persona.clone(), vec![pair.one.agent_port], finds_one());
     wait_for("the first to be connected", PATIENCE, || first.snapshot().connected.then_some(()));
     let refused = runtime.block_on(persona.open(pair.two.agent_port, 99)).expect_err("the first answers");
-    assert!(refused.to_string().contains("identity-in-use"), "{refused}");
+    assert!(refused.to_string().contains("Held"), "{refused}");
     assert_eq!(first.snapshot().sessions, 1, "the first goes on");
     // The same process, which has lost its way to the one, is let in by the other, and the older link ends.
     drop(first);

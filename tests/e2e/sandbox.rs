@@ -54,6 +54,7 @@ fn the_doctor_names_every_part_and_what_is_missing() {
         "landlock-files",
         "landlock-network",
         "seccomp",
+        "proxy",
     ];
     assert_eq!(names, all);
     assert!(ok && parts.iter().all(|(_, state, _)| state == "ok" || state == "not-needed"), "{parts:?}");

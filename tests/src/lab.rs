@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     ffi::OsStr,
     fs,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
@@ -56,6 +56,14 @@ impl Lab {
         Self::prepare().started()
     }
 
+    /// The same at another address of this machine than IPv4 loopback.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_at(ip: IpAddr) -> Self {
+        Self::prepare_at(ip, &[]).started()
+    }
+
     /// The same with a proxy before the agents' port, which is the address that agents are told.
     ///
     /// # Panics
@@ -104,11 +112,15 @@ impl Lab {
     }
 
     fn prepare_with(more: &[&OsStr]) -> Self {
+        Self::prepare_at(Ipv4Addr::LOCALHOST.into(), more)
+    }
+
+    fn prepare_at(ip: IpAddr, more: &[&OsStr]) -> Self {
         let folder = tempfile::Builder::new().prefix("tm-test-").tempdir().expect("temporary folders work");
-        let (agent_port, admin_port) = free_ports();
+        let (agent_port, admin_port) = free_ports(ip);
         let lab = Self { manager: None, folder, agents: AtomicU32::new(0), agent_port, admin_port };
         let init = Command::new(bin("tm-manager"))
-            .args(["init", "--public-name", "127.0.0.1", "--agent-listen", &agent_port.to_string()])
+            .args(["init", "--public-name", &ip.to_string(), "--agent-listen", &agent_port.to_string()])
             .args(["--admin-listen", &admin_port.to_string(), "--data"])
             .arg(lab.manager_data())
             .args(more)
@@ -298,19 +310,32 @@ impl Lab {
     /// # Panics
     /// If the program cannot be run.
     pub fn enroll(&self, token: &str) -> (PathBuf, Output) {
+        self.enroll_with(token, |_| {})
+    }
+
+    /// The same, with what `change` does to the command.
+    ///
+    /// # Panics
+    /// If the program cannot be run.
+    pub fn enroll_with(&self, token: &str, change: impl FnOnce(&mut Command)) -> (PathBuf, Output) {
         let number = self.agents.fetch_add(1, Ordering::Relaxed) + 1;
         let data = self.path(&format!("agent-{number}"));
         let file = self.path(&format!("agent-{number}.token"));
         fs::write(&file, token).expect("the lab's folder is writable");
-        let output = Command::new(bin("tm-agent"))
-            .arg("enroll")
-            .arg("--data")
-            .arg(&data)
-            .arg("--token-file")
-            .arg(&file)
-            .output()
-            .expect("programs can be run");
+        let mut command = Command::new(bin("tm-agent"));
+        command.arg("enroll").arg("--data").arg(&data).arg("--token-file").arg(&file);
+        change(&mut command);
+        let output = command.output().expect("programs can be run");
         (data, output.into())
+    }
+
+    /// The agent of a folder in which `tm-agent enroll` has printed what `enrolled` holds. It does not run yet.
+    ///
+    /// # Panics
+    /// If it was not let in.
+    pub fn enrolled(&self, (data, enrolled): (PathBuf, Output)) -> Agent {
+        let id = enrolled.expect(0).out().trim().to_owned();
+        Agent { process: None, log: data.with_extension("log"), data, id }
     }
 
     /// A copy of an agent's folder, as a cloned machine has it, with an agent running on it.
@@ -555,9 +580,9 @@ impl Agent {
     }
 }
 
-/// Two loopback ports that were free a moment ago.
-fn free_ports() -> (SocketAddr, SocketAddr) {
-    let listen = || TcpListener::bind(("127.0.0.1", 0)).expect("loopback can be listened on");
+/// Two ports of an address of this machine that were free a moment ago.
+fn free_ports(ip: IpAddr) -> (SocketAddr, SocketAddr) {
+    let listen = || TcpListener::bind((ip, 0)).expect("the address can be listened on");
     let (one, two) = (listen(), listen());
     let address = |listener: &TcpListener| listener.local_addr().expect("a listener has an address");
     (address(&one), address(&two))

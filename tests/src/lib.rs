@@ -7,10 +7,12 @@
 //! removed with the value that owns them.
 
 pub mod bulk;
+pub mod connect_proxy;
 pub mod fault_proxy;
 pub mod fleet;
 pub mod fuse;
 pub mod lab;
+pub mod namespace;
 pub mod output;
 pub mod personas;
 pub mod postgres;
@@ -32,8 +34,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use connect_proxy::ConnectProxy;
 pub use fault_proxy::FaultProxy;
 pub use lab::{Agent, Lab};
+pub use namespace::Namespace;
 pub use output::Output;
 
 /// How long a fact is waited for when nothing else is said. Long: machines that run tests are busy.

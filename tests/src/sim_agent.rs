@@ -398,8 +398,8 @@ async fn session(persona: &Persona, at: SocketAddr, shared: &Shared) -> io::Resu
                     ToAgent::NoticesStored(stored) => shared.lock().notices_are_stored(stored.through),
                     ToAgent::Cancel(_) => {}
                     ToAgent::Goodbye(goodbye) => return Err(io::Error::other(goodbye.failure.to_string())),
-                    ToAgent::Authorities(_) => {}
-                    ToAgent::Welcome(_) | ToAgent::EnrollReply(_) | ToAgent::Renewed(_) => {
+                    ToAgent::Authorities(_) | ToAgent::RenewNow(_) => {}
+                    ToAgent::Held(_) | ToAgent::NewIdentity(_) | ToAgent::Welcome(_) | ToAgent::EnrollReply(_) | ToAgent::Renewed(_) => {
                         return Err(io::Error::other("a message out of place"));
                     }
                 }

@@ -7,10 +7,9 @@
 //! force.
 //! **Invariant:** without an anchor no pattern is used. A manager never supplies it.
 
-use std::{fs, io, sync::Arc, time::Duration};
+use std::{fs, io, time::Duration};
 
 use jiff::Timestamp;
-use rustls::ClientConfig;
 use tm_patterns::trust::{Bundle, MAX_BUNDLE, Start, TrustError, Use, Verified};
 use tm_protocol::{
     address::Address,
@@ -20,7 +19,10 @@ use tm_protocol::{
 };
 use tokio::{sync::Mutex, time::timeout};
 
-use super::fetch::{aside, small};
+use super::{
+    Dialler,
+    fetch::{aside, small},
+};
 use crate::paths::{Paths, make_folder, replace};
 
 /// How long the metadata may take.
@@ -63,14 +65,14 @@ pub(crate) fn in_force(paths: &Paths) -> Option<Verified> {
 pub(crate) async fn current(
     paths: &Paths,
     manager: Option<&Address>,
-    config: &Arc<ClientConfig>,
+    dialler: &Dialler,
     now: Timestamp,
 ) -> Judged {
     let _turn = TURN.lock().await;
     let set = paths.trust().join("set.json");
     let known = aside(move || fs::read(set).ok().map(|bytes| Sha256::of(&bytes))).await.flatten();
     let fetched = match manager {
-        Some(address) => fetch(address, config, known).await,
+        Some(address) => fetch(address, dialler, known).await,
         None => Err("no manager's address is known".to_owned()),
     };
     let paths = paths.clone();
@@ -97,11 +99,11 @@ type Fetched = Option<Vec<u8>>;
 
 async fn fetch(
     address: &Address,
-    config: &Arc<ClientConfig>,
+    dialler: &Dialler,
     known: Option<Sha256>,
 ) -> Result<Fetched, String> {
     let most = u64::try_from(MAX_BUNDLE).unwrap_or(u64::MAX);
-    let whole = small(address, config, "/v1/trust", most, known);
+    let whole = small(address, dialler, "/v1/trust", most, known);
     let fetched = timeout(TRANSFER, whole).await;
     fetched.map_err(|_| format!("not complete after {} s", TRANSFER.as_secs()))?
 }

@@ -18,7 +18,7 @@ use tm_protocol::{
 use super::{Agent, elapsed_ms, ends, now, signer};
 use crate::{
     clock,
-    connection::{self, Link},
+    connection::{self, Dialler, Link, proxy::Proxy},
     enroll::Enrolled,
     renewal,
     tasks::Event,
@@ -32,15 +32,19 @@ const SKEW_S: u64 = 600;
 
 /// The TLS of both kinds of link, with the present certificate.
 pub(super) struct Links {
-    pub(super) control: Arc<rustls::ClientConfig>,
-    pub(super) bulk: Arc<rustls::ClientConfig>,
+    pub(super) control: Dialler,
+    pub(super) bulk: Dialler,
 }
 
 impl Links {
-    pub(super) fn of(enrolled: &Enrolled, time: &KnownTime) -> Result<Self, rustls::Error> {
+    pub(super) fn of(
+        enrolled: &Enrolled,
+        time: &KnownTime,
+        proxy: Option<&Arc<Proxy>>,
+    ) -> Result<Self, rustls::Error> {
         Ok(Self {
-            control: Arc::new(enrolled.tls(ALPN_CONTROL, time)?),
-            bulk: Arc::new(enrolled.tls(ALPN_BULK, time)?),
+            control: Dialler::new(enrolled.tls(ALPN_CONTROL, time)?, proxy.cloned()),
+            bulk: Dialler::new(enrolled.tls(ALPN_BULK, time)?, proxy.cloned()),
         })
     }
 }
@@ -86,6 +90,15 @@ impl Agent {
         }
     }
 
+    /// The key was copied: the next certificate is asked for as soon as no task runs. That is said again until it is done.
+    pub(super) fn renew_now(&mut self) {
+        if self.anew_at.is_none() {
+            tracing::info!("This endpoint's key was copied, and is replaced.");
+            self.anew_at = Some(Instant::now());
+            self.ask_after = None;
+        }
+    }
+
     /// Trusts the authorities that a manager names, if the one that vouches for this very manager is among them.
     pub(super) fn learn(&mut self, told: Authorities, link: &Link) {
         let manager = link.get_ref().1.peer_certificates().and_then(|chain| chain.first());
@@ -106,7 +119,9 @@ impl Agent {
             if !self.enrolled.keep_roots(&self.paths, roots).map_err(RenewalError::Keep)? {
                 return Ok(None);
             }
-            Links::of(&self.enrolled, &self.time).map(Some).map_err(RenewalError::Tls)
+            Links::of(&self.enrolled, &self.time, self.config.proxy.as_ref())
+                .map(Some)
+                .map_err(RenewalError::Tls)
         });
         match kept {
             Ok(None) => {}
@@ -125,8 +140,9 @@ impl Agent {
         let Some(asked) = self.asked.take() else { return false };
         let installed = match renewed {
             Renewed::Certified { certificate } => tokio::task::block_in_place(|| {
-                let enrolled = asked.install(&self.paths, &self.enrolled, certificate)?;
-                let links = Links::of(&enrolled, &self.time)?;
+                let enrolled =
+                    asked.install(&self.paths, &self.enrolled, self.enrolled.endpoint, certificate)?;
+                let links = Links::of(&enrolled, &self.time, self.config.proxy.as_ref())?;
                 Ok::<_, RenewalError>((enrolled, links))
             }),
             Renewed::Refused(failure) => Err(RenewalError::Refused(escape_for_display(&failure.to_string()))),
@@ -155,8 +171,8 @@ impl Agent {
 
     /// Renews a certificate that has ended. `true` if that went well.
     pub(super) async fn renew_late(&mut self, address: &Address) -> bool {
-        let config = match self.enrolled.tls(ALPN_RENEW, &self.time) {
-            Ok(config) => Arc::new(config),
+        let dialler = match self.enrolled.tls(ALPN_RENEW, &self.time) {
+            Ok(config) => Dialler::new(config, self.config.proxy.clone()),
             Err(error) => {
                 tracing::warn!(%error, "A renewal cannot be set up.");
                 return false;
@@ -170,7 +186,7 @@ impl Agent {
             }
         };
         self.asked = Some(asked);
-        match self.meanwhile(renewal::ask_late(address.clone(), config, request)).await {
+        match self.meanwhile(renewal::ask_late(address.clone(), dialler, request)).await {
             Ok(renewed) => self.renewed(renewed),
             Err(error) => {
                 self.asked = None;

@@ -11,7 +11,6 @@ use std::{
 
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
-use rustls::ClientConfig;
 use tm_patterns::Pattern;
 use tm_protocol::{
     address::Address,
@@ -32,7 +31,7 @@ use super::{
     treat,
 };
 use crate::{
-    connection::{fetch, trust},
+    connection::{Dialler, fetch, trust},
     paths::Paths,
     scan, vault,
 };
@@ -85,7 +84,7 @@ pub(crate) struct Context {
     pub(crate) endpoint: EndpointId,
     /// The manager that patterns are fetched from.
     pub(crate) manager: Option<Address>,
-    pub(crate) bulk: Arc<ClientConfig>,
+    pub(crate) bulk: Dialler,
     /// Bounded: a task that is ahead of the link waits.
     pub(crate) tell: Sender<Told>,
     pub(crate) boot: Boot,
@@ -230,7 +229,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 pub(super) mod tests {
     use std::path::Path;
 
-    use rustls::RootCertStore;
+    use rustls::{ClientConfig, RootCertStore};
     use tokio::sync::mpsc;
     use uuid::Uuid;
 
@@ -248,7 +247,7 @@ pub(super) mod tests {
             paths: Paths::new(folder.to_path_buf()),
             endpoint: EndpointId::new(Uuid::from_u128(7)),
             manager: None,
-            bulk: Arc::new(bulk),
+            bulk: Dialler::new(bulk, None),
             tell,
             boot: Boot(1),
             vault: vault::Limits::default(),

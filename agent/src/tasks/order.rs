@@ -27,6 +27,9 @@ pub(super) fn decode_order(frame: &[u8]) -> Option<Assign> {
         | ToAgent::EnrollReply(_)
         | ToAgent::Renewed(_)
         | ToAgent::Authorities(_)
+        | ToAgent::Held(_)
+        | ToAgent::NewIdentity(_)
+        | ToAgent::RenewNow(_)
         | ToAgent::Cancel(_)
         | ToAgent::NoticesStored(_) => None,
     }

@@ -9,6 +9,7 @@
 
 pub mod account;
 pub mod certificate;
+pub mod conflict;
 pub mod coverage;
 pub mod endpoint;
 pub mod error;

@@ -8,6 +8,7 @@ pub(crate) mod ca;
 pub(crate) mod doors;
 pub(crate) mod enrollment;
 pub(crate) mod expiry;
+pub(crate) mod held;
 pub(crate) mod intake;
 pub(crate) mod links;
 pub(crate) mod listener;

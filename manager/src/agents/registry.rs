@@ -204,6 +204,13 @@ impl Registry {
         }
     }
 
+    /// Tells an agent that is connected here. One that has no room for it, or is not here, is told when it is told again.
+    pub(crate) fn tell(&self, endpoint: EndpointId, message: &ToAgent) {
+        if let Some(handle) = self.lock().sessions.get(&endpoint) {
+            let _ = handle.outbox.try_send(Command::Send(Box::new(message.clone())));
+        }
+    }
+
     /// Everyone who is connected here.
     pub(crate) fn connected(&self) -> Vec<EndpointId> {
         self.lock().sessions.keys().copied().collect()

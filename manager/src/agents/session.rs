@@ -11,7 +11,7 @@ use tm_protocol::{
     VERSION,
     ids::{EndpointId, ManagerId},
     message::{
-        Goodbye, Hello, Notices, NoticesStored, Ping, Pong, Renewed, Report, ReportBody, ReportStored,
+        Goodbye, Held, Hello, Notices, NoticesStored, Ping, Pong, Renewed, Report, ReportBody, ReportStored,
         ToManager, Welcome,
     },
     report::Failure,
@@ -27,6 +27,7 @@ use super::{
     LinkError,
     authorities::Live,
     doors::Doors,
+    held,
     intake::{Failed, Intake, Lane, inventory_rows},
     lookups::Lookups,
     meter::{Cost, Meter, Meters},
@@ -60,6 +61,8 @@ pub(crate) struct Shared {
     pub(crate) doors: Doors,
     pub(crate) lookups: Lookups,
     pub(crate) registry: Registry,
+    /// Agents that came with another's identity.
+    pub(crate) held: held::Places,
     pub(crate) meters: Meters,
     pub(crate) authorities: Arc<Live>,
     pub(crate) manager: ManagerId,
@@ -114,18 +117,18 @@ async fn serve<L: AsyncRead + AsyncWrite + Unpin>(
         return Err(goodbye(link, failure, 10_000).await);
     };
     sleep(wait).await;
-    if shared.peers.is_held(endpoint, hello.process_nonce).await.map_err(LinkError::Store)? {
+    let was_held = hello.last_failure.as_ref().is_some_and(|failure| failure.code == Held::CODE);
+    if was_held || shared.peers.is_held(endpoint, hello.process_nonce).await.map_err(LinkError::Store)? {
         if meter.may_log(Instant::now().into_std()) {
-            tracing::warn!(%endpoint, "Two agents use one identity; the newer is sent away.");
+            tracing::warn!(%endpoint, "Two agents use one identity; the newer is held.");
         }
         if shared.registry.is_new_conflict(endpoint, Instant::now().into_std())
             && let Err(error) = shared.store.report_conflict(endpoint, &hello.boot_id, now_ms()).await
         {
             tracing::warn!(%endpoint, %error, "Cannot report two agents of one identity.");
         }
-        let failure =
-            Failure::new("identity-in-use", "another agent with this identity is connected and answers");
-        return Err(goodbye(link, failure, 60_000).await);
+        drop(turn);
+        return Err(held::run(link, &mut buffer, endpoint, shared).await);
     }
     let opened = shared.doors.open(endpoint, shared.manager, &hello).await.map_err(LinkError::Store)?;
     let welcome = Welcome {
@@ -408,7 +411,11 @@ pub(crate) async fn shut_out<L: AsyncWrite + Unpin>(link: &mut L) -> LinkError {
     goodbye(link, failure, 3_600_000).await
 }
 
-async fn goodbye<L: AsyncWrite + Unpin>(link: &mut L, failure: Failure, retry_after_ms: u32) -> LinkError {
+pub(super) async fn goodbye<L: AsyncWrite + Unpin>(
+    link: &mut L,
+    failure: Failure,
+    retry_after_ms: u32,
+) -> LinkError {
     let ending = failure.code == "manager-ending";
     let _ = write(link, &Goodbye { failure, retry_after_ms }.into()).await;
     if ending { LinkError::Ending } else { LinkError::Protocol("sent away") }

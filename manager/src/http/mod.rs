@@ -8,6 +8,7 @@ mod accounts;
 mod audit;
 mod certificates;
 mod cleanups;
+mod conflicts;
 mod coverage;
 mod endpoints;
 mod error;
@@ -125,6 +126,10 @@ pub(crate) static ROUTES: &[Route] = &[
     route(Method::POST, "/v1/endpoints/{target}/revoke", Permission::RevokeEndpoints, |m| {
         on(m, endpoints::revoke)
     }),
+    route(Method::POST, "/v1/endpoints/{target}/approve", Permission::ApproveEndpoints, |m| {
+        on(m, conflicts::approve)
+    }),
+    route(Method::GET, "/v1/conflicts", Permission::ReadEndpoints, |m| on(m, conflicts::list)),
     route(Method::DELETE, "/v1/endpoints/{target}", Permission::ForgetEndpoints, |m| {
         on(m, endpoints::forget)
     }),

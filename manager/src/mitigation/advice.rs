@@ -95,8 +95,9 @@ fn unsuccessful(subject: &Subject<'_>, target: &str) -> String {
         }
         ("identity-conflict", EventKind::Agent) => {
             format!(
-                "A machine or folder was copied. On the copy, remove the agent's data folder and enroll it anew; if you \
-                 do not know which one is the copy, shut both out: `tmctl endpoint revoke {target}`."
+                "A machine or folder was copied. See who is held with `tmctl endpoint conflicts`, and make it an endpoint of \
+                 its own: `tmctl endpoint approve {target}`. If you do not know it, shut both out: `tmctl endpoint \
+                 revoke {target}`."
             )
         }
         (_, EventKind::Certificate) => {

@@ -219,7 +219,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let message = format!(
             "a second agent uses the identity of this one, which is connected and answers; the second (boot id {}) is \
-             sent away",
+             held, and gets no order, until somebody decides about it",
             tm_protocol::text::escape_for_display(boot_id)
         );
         let event = NewEvent {

@@ -14,6 +14,7 @@ pub(crate) mod calls;
 pub(crate) mod cancels;
 pub(crate) mod certificates;
 pub(crate) mod cleanups;
+pub(crate) mod conflicts;
 pub(crate) mod coverage;
 mod detections;
 pub(crate) mod due;

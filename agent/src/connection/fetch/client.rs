@@ -3,16 +3,15 @@
 //! **Invariant:** whatever an answer says, its head takes at most [`MAX_LINES`] lines of [`MAX_LINE`] bytes, and its
 //! body is read only as far as whoever asked wants it.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use rustls::ClientConfig;
 use tm_protocol::address::Address;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     time::timeout,
 };
 
-use crate::connection;
+use crate::connection::{self, Dialler};
 
 /// Longest header line and most lines of an answer.
 const MAX_LINE: u64 = 8192;
@@ -28,7 +27,7 @@ const BUFFER: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Client<'a> {
     address: &'a Address,
-    config: &'a Arc<ClientConfig>,
+    dialler: &'a Dialler,
     link: Option<BufReader<connection::Link>>,
 }
 
@@ -46,8 +45,8 @@ pub(super) struct Head {
 }
 
 impl<'a> Client<'a> {
-    pub(super) fn new(address: &'a Address, config: &'a Arc<ClientConfig>) -> Self {
-        Self { address, config, link: None }
+    pub(super) fn new(address: &'a Address, dialler: &'a Dialler) -> Self {
+        Self { address, dialler, link: None }
     }
 
     /// Asks for `path` with more header lines, each with its line's end.
@@ -63,7 +62,7 @@ impl<'a> Client<'a> {
             }
             self.link = None;
         }
-        let link = connection::dial(self.address, self.config).await.map_err(|e| connection::chain(&e))?;
+        let link = self.dialler.dial(self.address).await.map_err(|e| connection::chain(&e))?;
         self.link = Some(BufReader::with_capacity(BUFFER, link));
         let asked = self.ask(&request).await;
         if asked.is_err() {

@@ -14,18 +14,19 @@ use std::{
     fs::{self, File},
     io::{self, Read as _},
     path::{Path, PathBuf},
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
-use rustls::ClientConfig;
 use tm_patterns::{InvalidPattern, MAX_STORED, Pattern, ReadError, delta};
 use tm_protocol::{address::Address, ids::Sha256, report::Failure, task::PatternRef};
 use tokio::{sync::Mutex, time::timeout};
 
 use self::{client::Client, download::Arrived};
-use crate::paths::{Paths, make_folder, replace};
+use crate::{
+    connection::Dialler,
+    paths::{Paths, make_folder, replace},
+};
 
 /// Most bytes of patterns that are kept.
 const MAX_KEPT: u64 = 512 << 20;
@@ -45,7 +46,7 @@ static FETCHING: Mutex<()> = Mutex::const_new(());
 pub(crate) async fn pattern(
     paths: &Paths,
     address: Option<&Address>,
-    config: &Arc<ClientConfig>,
+    dialler: &Dialler,
     wanted: &PatternRef,
 ) -> Result<Pattern, Failure> {
     let failed = |why: String| {
@@ -67,7 +68,7 @@ pub(crate) async fn pattern(
     if let Err(error) = make_folder(&paths.patterns()) {
         tracing::warn!(%error, "Cannot make the folder of patterns.");
     }
-    let mut client = Client::new(address, config);
+    let mut client = Client::new(address, dialler);
     let fetched = async {
         match changed(paths, &mut client, wanted).await {
             Some(pattern) => Ok(pattern),
@@ -93,12 +94,12 @@ pub(crate) async fn pattern(
 /// If it has nothing there, or not all of it arrives.
 pub(super) async fn small(
     address: &Address,
-    config: &Arc<ClientConfig>,
+    dialler: &Dialler,
     path: &str,
     most: u64,
     known: Option<Sha256>,
 ) -> Result<Option<Vec<u8>>, String> {
-    let mut client = Client::new(address, config);
+    let mut client = Client::new(address, dialler);
     let unless = known.map(|known| format!("If-None-Match: \"{known}\"\r\n")).unwrap_or_default();
     let head = client.get(path, &unless).await?;
     if head.status == 304 && known.is_some() {

@@ -86,6 +86,29 @@ pub(crate) enum Endpoint {
         #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(0..=36_500))]
         expiring: Option<u32>,
     },
+    /// List agents that came with the identity of another one, the newest first
+    #[command(
+        long_about = "List agents that came with the identity of another one, the newest first: a machine or an \
+        agent's folder was copied. Such an agent is held: it gets no order until it is approved \
+        (`tmctl endpoint approve`) or the identity is revoked.\n\n\
+        Example:\n  tmctl endpoint conflicts"
+    )]
+    Conflicts,
+    /// Make the agent that is held with an endpoint's identity an endpoint of its own
+    #[command(
+        long_about = "Make the agent that is held with an endpoint's identity an endpoint of its own, in the same \
+        group. It gets a new key and id, and sets aside what it has of the first one's tasks and vault; the first \
+        one gets a new key, too, so that the copied one is good for nothing.\n\n\
+        Examples:\n  tmctl endpoint approve web-07\n  \
+        tmctl endpoint approve web-07 --conflict 01890c5e-9f4b-7cc0-98ab-0123456789ab"
+    )]
+    Approve {
+        /// Endpoint id, host name or address of the endpoint whose identity was copied
+        target: String,
+        /// Which agent, if several are held (the id in `tmctl endpoint conflicts`)
+        #[arg(long, value_name = "ID")]
+        conflict: Option<String>,
+    },
     /// Shut an endpoint's agent out for ever
     #[command(
         long_about = "Shut an endpoint's agent out for ever: its certificates are refused from now on, and \

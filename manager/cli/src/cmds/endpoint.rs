@@ -2,6 +2,7 @@
 
 use tm_api::{
     certificate::{CertificateQuery, CertificateView},
+    conflict::{Approve, ConflictView},
     endpoint::{Connectivity, EndpointQuery, EndpointView, InventoryView, Revoke, SetGroup},
     event::{IncidentQuery, IncidentView},
 };
@@ -69,6 +70,20 @@ const CERTIFICATES: [Column<CertificateView>; 10] = [
     Column::wide("authority", |c| c.authority.clone()),
 ];
 
+const CONFLICTS: [Column<ConflictView>; 11] = [
+    Column::id("id", |c| c.id.clone()),
+    Column::narrow("state", |c| c.state.to_string()),
+    Column::narrow("endpoint_host", |c| c.endpoint_host.clone()),
+    Column::narrow("host", |c| c.host.clone()),
+    Column::narrow("addresses", |c| c.addresses.join(" ")),
+    Column::time("last_seen_at", |c| c.last_seen_at.clone()),
+    Column::wide("endpoint", |c| c.endpoint.clone()),
+    Column::wide("boot_id", |c| c.boot_id.clone()),
+    Column::wide("agent_version", |c| c.agent_version.clone()),
+    Column::wide_time("first_seen_at", |c| c.first_seen_at.clone()),
+    Column::wide("approved_as", |c| c.approved_as.clone().unwrap_or_default()),
+];
+
 pub(crate) async fn run(command: Endpoint, client: &Client, out: &Output) -> Result<Exit, Failure> {
     match command {
         Endpoint::List { search, group, query, connected, disconnected } => {
@@ -98,6 +113,18 @@ pub(crate) async fn run(command: Endpoint, client: &Client, out: &Output) -> Res
             let query = CertificateQuery { expiring_days: expiring };
             let found: Vec<CertificateView> = client.get(&["certificates"], &query).await?;
             out.list(&found, &CERTIFICATES, "no certificates")?;
+        }
+        Endpoint::Conflicts => {
+            let found: Vec<ConflictView> = client.get(&["conflicts"], &()).await?;
+            out.list(&found, &CONFLICTS, "no conflicts")?;
+        }
+        Endpoint::Approve { target, conflict } => {
+            let body = Approve { conflict };
+            let new: EndpointView = client.post(&["endpoints", &target, "approve"], &body).await?;
+            out.list(&[new], &COLUMNS, "")?;
+            say(
+                "the held agent is this endpoint from now on; the first one makes a new key as soon as no task runs\n",
+            );
         }
         Endpoint::Revoke { target, reason } => {
             let body = Revoke { reason };
