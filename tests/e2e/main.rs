@@ -36,6 +36,7 @@ mod tmctl;
 mod trust;
 mod vault;
 mod walk;
+mod waves;
 
 use std::collections::BTreeSet;
 

@@ -99,6 +99,11 @@ fn unsuccessful(subject: &Subject<'_>, target: &str) -> String {
                  do not know which one is the copy, shut both out: `tmctl endpoint revoke {target}`."
             )
         }
+        (_, EventKind::PatternDeployment) => {
+            "See which pattern it is and why it was stopped: `tmctl pattern rollout list`. Correct it and publish it anew; \
+             if what it hit was right, resume its rollout with --force."
+                .to_owned()
+        }
         (_, EventKind::Certificate) => {
             format!(
                 "See that the agent comes back before the end (up to 30 days after it, it renews by itself), or enroll \

@@ -10,6 +10,7 @@
 
 pub(crate) mod accounts;
 pub(crate) mod audit;
+mod brake;
 pub(crate) mod calls;
 pub(crate) mod cancels;
 pub(crate) mod certificates;
@@ -22,6 +23,7 @@ pub(crate) mod enrollments;
 pub(crate) mod events;
 pub(crate) mod expiry;
 pub(crate) mod export;
+pub(crate) mod groups;
 pub(crate) mod incidents;
 pub(crate) mod items;
 pub(crate) mod managers;
@@ -32,6 +34,7 @@ pub(crate) mod patterns;
 pub(crate) mod receipts;
 pub(crate) mod reports;
 pub(crate) mod restores;
+pub(crate) mod rollouts;
 pub(crate) mod schema;
 pub(crate) mod sessions;
 mod specs;
@@ -112,6 +115,8 @@ pub(crate) struct Tx {
     inner: Transaction<'static, Any>,
     events: Vec<events::Pending>,
     covered: Vec<coverage::Covered>,
+    /// What is watched, once it was asked for.
+    watched: Option<Vec<brake::Watched>>,
 }
 
 impl std::ops::Deref for Tx {
@@ -261,7 +266,7 @@ impl Store {
         };
         let inner = self.write.begin_with(statement).await;
         let inner = inner.map_err(StoreError::query("begin a transaction"))?;
-        Ok(Tx { inner, events: Vec::new(), covered: Vec::new() })
+        Ok(Tx { inner, events: Vec::new(), covered: Vec::new(), watched: None })
     }
 
     /// Begins a transaction that appends to the audit log. There is one at a time, on PostgreSQL too: it waits here,

@@ -10,12 +10,14 @@ pub(crate) mod coverage;
 pub(crate) mod endpoint;
 pub(crate) mod event;
 mod follow;
+pub(crate) mod group;
 mod ordered;
 pub(crate) mod pattern;
 mod progress;
 mod publish;
 mod quote;
 mod receipt;
+mod rollout;
 #[cfg(test)]
 mod samples;
 pub(crate) mod scan;
