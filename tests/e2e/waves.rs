@@ -17,6 +17,7 @@ use tm_protocol::{
 };
 use tm_tests::{
     Lab, Output, PATIENCE,
+    bulk::{self, BulkLink},
     output::rows,
     postgres::Postgres,
     sim_agent::{Script, SimAgent},
@@ -240,6 +241,15 @@ fn a_version_that_hits_a_file_of_a_package_stops_and_who_had_it_goes_back() {
     for agent in [&early, &late] {
         assert_eq!(rules(agent, &own), ["one"]);
     }
+    // Not even one that has an order with it from before is given it.
+    let config = bulk::config(&late.identity()).expect("they belong together");
+    runtime().block_on(async {
+        let mut link = BulkLink::connect(lab.agent_port, config).await.expect("an enrolled agent is let in");
+        for (rule, status) in [(ONE, 200), (TWO, 410)] {
+            let path = format!("GET /v1/patterns/{}", Sha256::of(rule.as_bytes()));
+            assert_eq!(link.ask(&path, "", &[]).await.expect("it answers").status, status, "{rule}");
+        }
+    });
     // What it found is not cleaned with the rest any more; what the older version found is.
     let dry = lab.tmctl(["cleanup", "run", &early.id, "--dry-run", "-o", "json"]).expect(0);
     assert_eq!(dry.out().matches("would-vault").count(), 1, "{}", dry.out());

@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     /// What tmctl can do (product words, section 6).
-    const COMMANDS: [&str; 11] = [
+    const COMMANDS: [&str; 12] = [
         "tmctl why ",
         "tmctl cleanup run ",
         "tmctl task follow ",
@@ -231,6 +231,7 @@ mod tests {
         "tmctl event list ",
         "tmctl scan start ",
         "tmctl vault restore ",
+        "tmctl pattern rollout list",
     ];
 
     /// Every command in backquotes is one of [`COMMANDS`], and there is at least one.

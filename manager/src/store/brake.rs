@@ -274,6 +274,19 @@ pub(super) async fn is_condemned(
 }
 
 impl Store {
+    /// Whether nobody is to be sent this version.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub(crate) async fn is_stopped(&self, sha256: Sha256) -> Result<bool, StoreError> {
+        sqlx::query("SELECT 1 FROM rollout WHERE sha256 = $1 AND state = 'stopped'")
+            .bind(sha256.to_string())
+            .fetch_optional(self.reader())
+            .await
+            .map(|row| row.is_some())
+            .map_err(StoreError::query("read what is stopped"))
+    }
+
     /// Calls off cleanups of what stopped versions found, as far as they have not begun and were ordered before; how
     /// many. Of one that its agent may have, the agent has the last word.
     ///

@@ -204,7 +204,7 @@ impl Store {
         };
         for (_, name) in before.iter().filter(|(old, _)| !listed.iter().any(|new| new.to_string() == *old)) {
             let mut left = listed.iter().filter(|new| names.get(&new.to_string()) == Some(name)).peekable();
-            if left.peek().is_some() && !left.any(|sha256| reaches_all(sha256)) {
+            if left.peek().is_some() && !left.any(&reaches_all) {
                 return Ok(Err(Published::Stranded(name.clone())));
             }
         }
