@@ -447,7 +447,7 @@ impl Agent {
                         send(&mut link, progress.into()).await?;
                         Vec::new()
                     }
-                    told @ (Told::Detected(..)
+                    told @ (Told::Detected { .. }
                     | Told::Treated(..)
                     | Told::Finished(..)
                     | Told::Vault { .. }
@@ -708,7 +708,7 @@ impl Ended {
 /// What the core hears of it; progress is for the link alone, and without one it is lost without harm.
 fn event(told: Told) -> Option<Event> {
     match told {
-        Told::Detected(task, found) => Some(Event::Detected(task, found)),
+        Told::Detected { task, found, owned } => Some(Event::Detected(task, found, owned)),
         Told::Treated(task, items) => Some(Event::Treated(task, items)),
         Told::Finished(task, outcome) => Some(Event::Finished(task, outcome)),
         Told::Vault { first, items } => Some(Event::Vault { first, items }),

@@ -11,7 +11,7 @@ use crate::{
     frame::{self, Frame, FrameError},
     ids::{EndpointId, ManagerId, StreamId, TaskId},
     quote::Quote,
-    report::{Coverage, Detection, Failure, ItemReport, Notice, Tally, VaultEntry},
+    report::{Coverage, Detection, Failure, ItemReport, Notice, OwnedFile, Tally, VaultEntry},
     task::TaskSpec,
 };
 
@@ -214,7 +214,7 @@ impl Report {
     pub const MAX_WEIGHT: usize = 512;
 
     /// How much there is to store: one for the report itself, and one for each detection, item, detection
-    /// that an item settles, and vault entry in it.
+    /// that an item settles, vault entry and file of a package in it.
     pub fn weight(&self) -> usize {
         1 + match &self.body {
             ReportBody::Accepted { .. }
@@ -225,6 +225,7 @@ impl Report {
             ReportBody::Detections { detections, .. } => detections.len(),
             ReportBody::Items { items, .. } => items.iter().map(|item| 1 + item.detections.len()).sum(),
             ReportBody::Vault { items, .. } => items.len(),
+            ReportBody::Owned { files, .. } => files.len(),
         }
     }
 }
@@ -283,6 +284,13 @@ pub enum ReportBody {
     Lost {
         /// How many besides this one.
         count: u64,
+    },
+    /// Of the files in which a scan found something, those that belong to packages. Told before the detections.
+    Owned {
+        /// Which scan.
+        task: TaskId,
+        /// At most what fits one frame and [`Report::MAX_WEIGHT`].
+        files: Vec<OwnedFile>,
     },
 }
 

@@ -69,6 +69,17 @@ impl Detection {
     }
 }
 
+/// A file in which something was found, and which a package lists as its own.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct OwnedFile {
+    /// The pattern (its content's digest) that holds the rule.
+    pub pattern: Sha256,
+    /// The file on disk.
+    pub path: PathBytes,
+    /// The package, as its database names it.
+    pub package: String,
+}
+
 /// What came of one item of a cleanup or a restore.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize,

@@ -42,6 +42,7 @@ mod tmctl;
 mod trust;
 mod vault;
 mod walk;
+mod waves;
 
 use std::collections::BTreeSet;
 

@@ -199,7 +199,7 @@ mod tests {
             .map(|told| match told {
                 Told::Notice { code, .. } => code.to_owned(),
                 Told::Vault { items, .. } => format!("{} items", items.len()),
-                Told::Detected(..) | Told::Treated(..) | Told::Progress(_) | Told::Finished(..) => {
+                Told::Detected { .. } | Told::Treated(..) | Told::Progress(_) | Told::Finished(..) => {
                     panic!("nobody detects or treats here")
                 }
             })

@@ -16,7 +16,7 @@ use tm_protocol::{
     address::Address,
     ids::{EndpointId, Sha256, TaskId},
     message::{Outcome, Progress},
-    report::{Failure, ItemReport, VaultEntry},
+    report::{Failure, ItemReport, OwnedFile, VaultEntry},
     task::{PatternRef, RestoreSpec, ScanSpec},
 };
 use tokio::{
@@ -27,6 +27,7 @@ use tokio::{
 use super::{
     care::Shown,
     journal::record::{Boot, Found},
+    owned::Owned,
     sign::Signer,
     treat,
 };
@@ -44,7 +45,12 @@ const FULL: Duration = Duration::from_millis(10);
 /// What a running task tells.
 #[derive(Debug)]
 pub(crate) enum Told {
-    Detected(TaskId, Vec<Found>),
+    Detected {
+        task: TaskId,
+        found: Vec<Found>,
+        /// Of their files, those that belong to packages.
+        owned: Vec<OwnedFile>,
+    },
     Treated(TaskId, Vec<ItemReport>),
     Progress(Progress),
     Finished(TaskId, Outcome),
@@ -138,11 +144,19 @@ async fn scan(task: TaskId, spec: ScanSpec, context: Context, cancel: Arc<Atomic
     let (tell, boot, signer) = (context.tell, context.boot, context.signer);
     let started = (context.clock)();
     let work = move || {
+        let mut packages = Owned::default();
         let sink = |update| {
             let told = match update {
                 scan::Update::Detections(detections) => {
+                    let named: Vec<_> = detections.iter().map(|(detection, _)| detection).collect();
+                    let owned = packages.among(&named).unwrap_or_else(|error| {
+                        let message = format!("it is not known which finds belong to packages: {error}");
+                        say(&tell, Told::Notice { code: "package-unknown", message, count: 0 }, &cancel);
+                        Vec::new()
+                    });
                     let found = |(detection, object)| Found::new(detection, object, boot);
-                    Told::Detected(task, detections.into_iter().map(found).collect())
+                    let found = detections.into_iter().map(found).collect();
+                    Told::Detected { task, found, owned }
                 }
                 scan::Update::Progress { files, bytes, detections, skipped } => {
                     Told::Progress(Progress { task, files, bytes, detections, skipped })
@@ -262,9 +276,10 @@ pub(super) mod tests {
         let (tell, mut told) = mpsc::channel(1);
         let task = TaskId::new(Uuid::from_u128(1));
         let cancel = AtomicBool::new(false);
-        say(&tell, Told::Detected(task, vec![]), &cancel);
+        say(&tell, Told::Detected { task, found: vec![], owned: vec![] }, &cancel);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| say(&tell, Told::Detected(task, vec![]), &cancel));
+            let waiting =
+                scope.spawn(|| say(&tell, Told::Detected { task, found: vec![], owned: vec![] }, &cancel));
             std::thread::sleep(FULL * 5);
             assert!(!waiting.is_finished(), "the control: it waits for room");
             cancel.store(true, Ordering::Release);

@@ -18,6 +18,7 @@ pub(crate) mod lane;
 mod model;
 mod order;
 mod outcomes;
+mod owned;
 pub(crate) mod sign;
 mod treat;
 #[cfg(test)]
@@ -28,7 +29,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use tm_protocol::{
     ids::{EndpointId, StreamId, TaskId},
     message::{Assign, Cancel, Notices, Outcome, Report, ReportBody},
-    report::{Failure, ItemReport, Notice, VaultEntry},
+    report::{Failure, ItemReport, Notice, OwnedFile, VaultEntry},
     task::TaskSpec,
 };
 
@@ -68,8 +69,8 @@ const DEADLINE_MS: u64 = 10_000;
 pub(crate) enum Event {
     Assigned(Assign),
     Cancelled(Cancel),
-    /// A running task found something.
-    Detected(TaskId, Vec<Found>),
+    /// A running task found something; some of it is in files of packages.
+    Detected(TaskId, Vec<Found>, Vec<OwnedFile>),
     /// A running task has done, or not done, something.
     Treated(TaskId, Vec<ItemReport>),
     /// A running task has ended.
@@ -431,7 +432,7 @@ impl Tasks {
         match event {
             Event::Assigned(assign) => self.assigned(assign, now, &mut effects),
             Event::Cancelled(cancel) => self.cancelled(cancel.task, now, &mut effects),
-            Event::Detected(task, found) => self.detected(task, found, now, &mut effects),
+            Event::Detected(task, found, owned) => self.detected(task, (found, owned), now, &mut effects),
             Event::Treated(task, items) => {
                 if self.running.contains_key(&task) || self.abandoned.contains_key(&task) {
                     self.report(ReportBody::Items { task, items }, None, now, &mut effects);
@@ -527,9 +528,13 @@ impl Tasks {
         self.end(task, Outcome::Cancelled(None), forget_ms, now, effects);
     }
 
-    fn detected(&mut self, task: TaskId, found: Vec<Found>, now: Now, effects: &mut Vec<Effect>) {
+    fn detected(&mut self, task: TaskId, (found, owned): owned::Finds, now: Now, effects: &mut Vec<Effect>) {
         if !self.running.contains_key(&task) {
             return;
+        }
+        // First, so that a manager stops what is wrong before it does anything about the finds.
+        if !owned.is_empty() {
+            self.report(ReportBody::Owned { task, files: owned }, None, now, effects);
         }
         let detections = found.iter().map(|found| found.detection.clone()).collect();
         effects.extend(found.into_iter().map(|found| Effect::Persist(Record::Found(Box::new(found)))));
@@ -726,6 +731,7 @@ impl Tasks {
                 | ReportBody::Detections { .. }
                 | ReportBody::Items { .. }
                 | ReportBody::Vault { .. }
+                | ReportBody::Owned { .. }
                 | ReportBody::Lost { .. } => ReportBody::Lost { count: 0 },
             };
             encode_report(&Report { sequence, at_ms: now.unix_ms, body }).unwrap_or_default()

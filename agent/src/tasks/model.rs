@@ -297,7 +297,8 @@ impl World {
                     | ReportBody::Started { .. }
                     | ReportBody::Detections { .. }
                     | ReportBody::Items { .. }
-                    | ReportBody::Vault { .. } => {}
+                    | ReportBody::Vault { .. }
+                    | ReportBody::Owned { .. } => {}
                 }
             }
             ToManager::Notices(message) => {
@@ -361,7 +362,8 @@ impl World {
                     };
                     let object = Object { device: 1, inode: self.next_find };
                     let key = detection.key();
-                    self.handle(Event::Detected(task, vec![Found::new(detection, object, Boot(self.boot))]));
+                    let found = vec![Found::new(detection, object, Boot(self.boot))];
+                    self.handle(Event::Detected(task, found, vec![]));
                     let desk = self.desk.as_ref().unwrap();
                     // A task that was given up in the meantime is not heard any more.
                     if desk.trouble().is_none() && desk.running().contains(&task) {

@@ -156,7 +156,8 @@ impl Bench {
             if self.desk.is_held_up() {
                 return;
             }
-            self.handle(Event::Detected(task, found(&format!("/{n}/{long}"))));
+            let found = found(&format!("/{n}/{long}"));
+            self.handle(Event::Detected(task, found, vec![]));
         }
         panic!("it is never full");
     }

@@ -47,6 +47,8 @@ words! {
         Agent = "agent",
         /// A certificate that ends and is not being renewed.
         Certificate = "certificate",
+        /// A version of a pattern on its way to endpoints.
+        PatternDeployment = "pattern-deployment",
     }
 }
 

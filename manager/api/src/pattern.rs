@@ -19,10 +19,14 @@ pub struct ImportQuery {
 pub struct PatternView {
     /// SHA-256 of its bytes.
     pub sha256: String,
-    /// What people call it. The newest import under a name is the one that name means.
+    /// What people call it. The newest published under a name is the one that the name means on an
+    /// endpoint, of those that reach it.
     pub name: String,
     /// `published` if a role of the fleet lists it, so that agents load it; else `draft`.
     pub state: String,
+    /// Who gets it where its name is meant: `all`, `none`, or a share of all or of a group (`10% of servers`).
+    #[serde(default)]
+    pub reach: String,
     /// What kind it is (`detection`).
     pub kind: String,
     /// Its length, in bytes.

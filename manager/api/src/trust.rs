@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::rollout::StartRollout;
+
 /// `GET /v1/trust`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TrustView {
@@ -45,4 +47,7 @@ pub struct PublishTrust {
     /// The roles' next files, by role.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub roles: BTreeMap<String, String>,
+    /// How what is newly listed reaches the fleet; all of it at once where it is absent. Only at `/v1/trust`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<StartRollout>,
 }

@@ -125,6 +125,9 @@ pub(crate) enum DeskError {
         /// By the manager.
         theirs: String,
     },
+    /// The version is listed, and another publication would not do what was asked.
+    #[error("this version is published already, and {0}")]
+    InForce(&'static str),
     /// The pattern that was named is not listed.
     #[error("the role `{role}` lists no pattern `{name}`")]
     NotListed {
@@ -159,6 +162,7 @@ impl DeskError {
             Self::Signatures { .. } => {
                 "write a draft, have each desk sign it, and publish it: tmctl pattern draft|sign|publish"
             }
+            Self::InForce(_) => "see how far it is: tmctl pattern rollout list",
             Self::File { .. }
             | Self::Key { .. }
             | Self::Metadata { .. }
@@ -172,7 +176,9 @@ impl DeskError {
     /// Whether it is a refusal rather than a fault.
     pub(crate) const fn is_refusal(&self) -> bool {
         match self {
-            Self::Foreign(_) | Self::Exists(_) | Self::NoTrust(_) | Self::NoKey { .. } => true,
+            Self::Foreign(_) | Self::Exists(_) | Self::NoTrust(_) | Self::NoKey { .. } | Self::InForce(_) => {
+                true
+            }
             Self::Metadata { .. } | Self::OtherBytes { .. } | Self::Signatures { .. } => true,
             Self::Nowhere | Self::File { .. } | Self::Key { .. } | Self::Draft(_) => false,
             Self::NotListed { .. } => false,

@@ -66,6 +66,7 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Status => cmds::status::run(&client()?, &out).await,
         Command::Why { target } => cmds::why::run(&target, &client()?, &out).await,
         Command::Endpoint(command) => cmds::endpoint::run(command, &client()?, &out).await,
+        Command::Group(command) => cmds::group::run(command, &client()?, &out).await,
         Command::Scan(command) => cmds::scan::run(command, &client()?, &out).await,
         Command::Coverage(args) => cmds::coverage::run(*args, &client()?, &out).await,
         Command::Cleanup(command) => cmds::cleanup::run(command, &client()?, &out).await,

@@ -373,7 +373,8 @@ fn follows(report: &Report, handed: u64) -> Result<bool, LinkError> {
         | ReportBody::Detections { .. }
         | ReportBody::Finished { .. }
         | ReportBody::Items { .. }
-        | ReportBody::Vault { .. } => 0,
+        | ReportBody::Vault { .. }
+        | ReportBody::Owned { .. } => 0,
     };
     if report.sequence - handed - 1 == skipped {
         Ok(true)

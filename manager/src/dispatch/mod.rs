@@ -1,4 +1,5 @@
-//! Hands out what is due, calls off what was called off, expires what waited too long, flushes what was heard.
+//! Hands out what is due, calls off what was called off, expires what waited too long, flushes what was heard, and
+//! begins the next waves of patterns.
 //!
 //! One path serves every case: a nudge carries no data, and a pass asks the store what is due for whoever is
 //! connected here. After a restart or a failure the next pass does what was left.
@@ -78,7 +79,7 @@ async fn shut_out(store: &Store, registry: &Registry, manager: ManagerId) -> Res
     Ok(())
 }
 
-/// Flushes, sends revoked agents away and expires until the manager ends.
+/// Flushes, sends revoked agents away, sees to rollouts and expires until the manager ends.
 pub(crate) async fn sweep(store: Store, registry: Registry, manager: ManagerId, ending: CancellationToken) {
     let mut round: u32 = 0;
     while !ending.is_cancelled() {
@@ -93,7 +94,12 @@ pub(crate) async fn sweep(store: Store, registry: Registry, manager: ManagerId, 
         let done = async {
             shut_out(&store, &registry, manager).await?;
             store.flush_seen(&seen, &registry.take_progress(), now).await?;
-            if whole { store.expire_tasks(now).await } else { Ok(0) }
+            store.call_off_stopped(now).await?;
+            if whole {
+                store.advance_rollouts(now).await?;
+                store.expire_tasks(now).await?;
+            }
+            Ok::<_, StoreError>(())
         };
         if let Err(error) = done.await {
             tracing::warn!(%error, "A sweep failed.");

@@ -10,7 +10,8 @@ use tm_protocol::search;
 use super::{
     Actor, AppState,
     error::{Error, quoted},
-    input::{self, Body, Named, Params},
+    groups,
+    input::{Body, Named, Params},
     now_ms, rfc3339,
 };
 use crate::store::{
@@ -48,7 +49,7 @@ pub(crate) async fn set_group(
     Named(target): Named,
     Body(SetGroup { group }): Body<SetGroup>,
 ) -> Result<Json<EndpointView>, Error> {
-    input::group(&group)?;
+    groups::known(&state.store, &group).await?;
     let mut row = one(&state.store, &target).await?;
     if row.group != group {
         state.store.set_group(&row, &group, &actor.name, now_ms()).await?;

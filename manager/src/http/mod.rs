@@ -14,12 +14,14 @@ mod endpoints;
 mod error;
 mod events;
 mod exports;
+mod groups;
 mod input;
 mod orders;
 mod patterns;
 pub(crate) mod port;
 pub(crate) mod probes;
 mod restores;
+mod rollouts;
 mod scans;
 mod status;
 mod tasks;
@@ -134,6 +136,8 @@ pub(crate) static ROUTES: &[Route] = &[
         on(m, endpoints::forget)
     }),
     route(Method::GET, "/v1/endpoints/{target}/why", Permission::ReadStatus, |m| on(m, status::why)),
+    route(Method::POST, "/v1/groups", Permission::ChangeEndpoints, |m| on(m, groups::create)),
+    route(Method::GET, "/v1/groups", Permission::ReadEndpoints, |m| on(m, groups::list)),
     route(Method::GET, "/v1/certificates", Permission::ReadEndpoints, |m| on(m, certificates::list)),
     route(Method::GET, "/v1/coverage", Permission::ReadCoverage, |m| on(m, coverage::show)),
     route(Method::GET, "/v1/status", Permission::ReadStatus, |m| on(m, status::show)),
@@ -159,6 +163,15 @@ pub(crate) static ROUTES: &[Route] = &[
     },
     route(Method::GET, "/v1/patterns", Permission::ReadPatterns, |m| on(m, patterns::list)),
     route(Method::GET, "/v1/patterns/{pattern}", Permission::ReadPatterns, |m| on(m, patterns::show)),
+    route(Method::GET, "/v1/rollouts", Permission::ReadPatterns, |m| on(m, rollouts::list)),
+    route(Method::GET, "/v1/rollouts/{rollout}", Permission::ReadPatterns, |m| on(m, rollouts::show)),
+    route(Method::POST, "/v1/rollouts/{rollout}/advance", Permission::ImportPatterns, |m| {
+        on(m, rollouts::advance)
+    }),
+    route(Method::POST, "/v1/rollouts/{rollout}/stop", Permission::ImportPatterns, |m| on(m, rollouts::stop)),
+    route(Method::POST, "/v1/rollouts/{rollout}/resume", Permission::ImportPatterns, |m| {
+        on(m, rollouts::resume)
+    }),
     route(Method::GET, "/v1/trust", Permission::ReadPatterns, |m| on(m, trust::show)),
     Route {
         method: Method::POST,

@@ -104,6 +104,10 @@ pub(crate) async fn addressed(store: &Store, to: &Targets) -> Result<Vec<(Endpoi
     }
     if let Some(group) = &to.group {
         input::group(group)?;
+        if !store.has_group(group).await? {
+            let message = format!("there is no group {}", quoted(group));
+            return Err(Error::new(Code::TargetUnknown, message).hint("see them all: tmctl group list"));
+        }
         filters.push(Filter { group: Some(group.clone()), ..Filter::default() });
     }
     if let Some(query) = to.query {

@@ -21,6 +21,7 @@ use crate::{
     store::{
         Store,
         patterns::{PatternRow, ProblemRow},
+        rollouts::Versions,
     },
 };
 
@@ -35,18 +36,21 @@ pub(crate) async fn import(
     let body = request.into_limited_body().into_data_stream();
     let rooms = (&state.store, &state.blobs, &state.worker);
     let row = patterns::import(turn, rooms, &actor.name, name, body, force, now_ms()).await?;
-    Ok(Json(view(row)))
+    Ok(Json(view(row, &state.store.versions().await?)))
 }
 
 pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<Vec<PatternView>>, Error> {
-    Ok(Json(state.store.patterns().await?.into_iter().map(view).collect()))
+    let versions = state.store.versions().await?;
+    let rows = state.store.patterns().await?;
+    Ok(Json(rows.into_iter().map(|row| view(row, &versions)).collect()))
 }
 
 pub(crate) async fn show(
     State(state): State<AppState>,
     Named(pattern): Named,
 ) -> Result<Json<PatternView>, Error> {
-    one(&state.store, &pattern).await.map(|row| Json(view(row)))
+    let row = one(&state.store, &pattern).await?;
+    Ok(Json(view(row, &state.store.versions().await?)))
 }
 
 /// The one pattern that `text` (digest, its start, or name) means.
@@ -63,8 +67,9 @@ pub(crate) async fn one(store: &Store, text: &str) -> Result<PatternRow, Error> 
     }
 }
 
-fn view(row: PatternRow) -> PatternView {
+fn view(row: PatternRow, versions: &Versions) -> PatternView {
     PatternView {
+        reach: versions.reach(row.reference.sha256),
         sha256: row.reference.sha256.to_string(),
         name: row.reference.name,
         state: if row.published_ms.is_some() { "published" } else { "draft" }.to_owned(),

@@ -223,6 +223,9 @@ async fn accounts_come_and_go_and_one_administrator_stays() {
 async fn an_enrollment_token_says_where_and_whom_to_trust() {
     let lab = Lab::start().await;
     let wish = |uses, expires_in_s| json!({ "uses": uses, "expires_in_s": expires_in_s, "group": "lab" });
+    let unknown = lab.ask(Method::POST, "/v1/tokens", wish(3, 60)).await;
+    assert_eq!((unknown.status, &unknown.body["code"]), (404, &json!("not-found")));
+    assert_eq!(lab.ask(Method::POST, "/v1/groups", json!({ "name": "lab" })).await.status, 200);
     for (uses, seconds) in [(0, 60), (100_001, 60), (1, 59), (1, 31_536_001)] {
         assert_eq!(lab.ask(Method::POST, "/v1/tokens", wish(uses, seconds)).await.status, 400);
     }
@@ -237,7 +240,7 @@ async fn an_enrollment_token_says_where_and_whom_to_trust() {
     assert_eq!(lab.ask(Method::DELETE, &path, Value::Null).await.status, 204);
     assert_eq!(state().await, "revoked");
     assert_eq!(lab.ask(Method::DELETE, "/v1/tokens/x", Value::Null).await.status, 404);
-    assert_eq!(lab.actions().await, ["token.create", "token.revoke"]);
+    assert_eq!(lab.actions().await, ["group.create", "token.create", "token.revoke"]);
 }
 
 #[tokio::test]
@@ -265,12 +268,18 @@ async fn endpoints_are_found_and_moved() {
     let hostile = lab.ask(Method::GET, "/v1/endpoints/%1b%5b31m", Value::Null).await;
     assert!(hostile.body["message"].as_str().unwrap().contains(r"`\u{1b}[31m`"), "{}", hostile.body);
 
+    let made = async |name: &str| lab.ask(Method::POST, "/v1/groups", json!({ "name": name })).await.status;
+    let unknown = lab.ask(Method::PUT, "/v1/endpoints/web-02/group", json!({ "group": "dmz" })).await;
+    assert_eq!((unknown.status, &unknown.body["code"]), (404, &json!("not-found")));
+    assert_eq!((made("dmz").await, made("dmz").await, made("../x").await), (200, 409, 400));
     for _ in 0..2 {
         let moved = lab.ask(Method::PUT, "/v1/endpoints/web-02/group", json!({ "group": "dmz" })).await;
         assert_eq!((moved.status, &moved.body["group"]), (200, &json!("dmz")));
     }
     assert_eq!(count("?group=dmz").await, Some(1));
-    assert_eq!(lab.actions().await, ["endpoint.set-group"]);
+    assert_eq!(lab.actions().await, ["group.create", "endpoint.set-group"]);
+    let groups = lab.ask(Method::GET, "/v1/groups", Value::Null).await.body;
+    assert_eq!((&groups[0]["name"], &groups[1]["endpoints"]), (&json!("default"), &json!(1)), "{groups}");
 }
 
 #[tokio::test]

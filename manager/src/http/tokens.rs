@@ -14,7 +14,8 @@ use uuid::Uuid;
 use super::{
     Actor, AppState,
     error::Error,
-    input::{self, Body, Named},
+    groups,
+    input::{Body, Named},
     now_ms, rfc3339,
 };
 use crate::store::tokens::TokenRow;
@@ -24,7 +25,7 @@ pub(crate) async fn create(
     Extension(actor): Extension<Actor>,
     Body(request): Body<CreateToken>,
 ) -> Result<Json<NewToken>, Error> {
-    input::group(&request.group)?;
+    groups::known(&state.store, &request.group).await?;
     if !(1..=100_000).contains(&request.uses) {
         return Err(Error::invalid("an enrollment token has 1 to 100,000 uses"));
     }

@@ -7,7 +7,13 @@ use tm_api::{
     trust::{PublishTrust, TrustFiles, TrustView},
 };
 
-use super::{Actor, AppState, error::Error, input::Body};
+use super::{
+    Actor, AppState,
+    error::{Error, quoted},
+    groups,
+    input::Body,
+    rollouts,
+};
 use crate::patterns::trust::{self, Change, PublishError};
 
 pub(crate) async fn show(State(state): State<AppState>) -> Result<Json<TrustView>, Error> {
@@ -33,16 +39,31 @@ pub(crate) async fn publish(
     if request.root.is_some() || request.targets.is_some() {
         return Err(Error::invalid("`root` and `targets` are changed at /v1/trust/root"));
     }
-    change(state, actor, Body(request)).await
+    if let Some(terms) = &request.rollout {
+        rollouts::check(&state, terms).await?;
+    }
+    put_in_force(state, actor, request).await
 }
 
 /// Changes who may sign, likewise.
 pub(crate) async fn change(
-    State(state): State<AppState>,
-    Extension(actor): Extension<Actor>,
+    state: State<AppState>,
+    actor: Extension<Actor>,
     Body(request): Body<PublishTrust>,
 ) -> Result<Json<TrustView>, Error> {
-    let change = Change { root: request.root, targets: request.targets, roles: request.roles };
+    if request.rollout.is_some() {
+        return Err(Error::invalid("a `rollout` begins at /v1/trust"));
+    }
+    put_in_force(state, actor, request).await
+}
+
+async fn put_in_force(
+    State(state): State<AppState>,
+    Extension(actor): Extension<Actor>,
+    request: PublishTrust,
+) -> Result<Json<TrustView>, Error> {
+    let PublishTrust { root, targets, roles, rollout } = request;
+    let change = Change { root, targets, roles, rollout };
     trust::publish(&state.store, &state.trust, change, &actor.name, Timestamp::now()).await?;
     show(State(state)).await
 }
@@ -65,6 +86,26 @@ impl From<PublishError> for Error {
                 Code::PatternRefused,
                 format!("the metadata list pattern {sha256}, which was not uploaded"),
             ),
+            PublishError::UnderWay(name) => Self::new(
+                Code::Conflict,
+                format!("a version of {} is still on its way through its waves; nothing was changed", quoted(&name)),
+            )
+            .hint("see how far it is (tmctl pattern rollout show), then advance it or stop it"),
+            PublishError::Stranded(name) => Self::new(
+                Code::Conflict,
+                format!(
+                    "endpoints that the newest version of {} does not reach would be left without one; nothing was \
+                     changed",
+                    quoted(&name)
+                ),
+            )
+            .hint("advance the rollout to all first, or withdraw every version: tmctl pattern retire NAME"),
+            PublishError::NothingNew => Self::new(
+                Code::Conflict,
+                "this is in force already, and a rollout begins with what is not; nothing was changed",
+            )
+            .hint("see who has it: tmctl pattern list"),
+            PublishError::NoGroup(name) => groups::none(&name),
             PublishError::Store(error) => error.into(),
             damaged @ PublishError::Damaged(_) => Self::new(Code::Internal, damaged.to_string())
                 .hint("the manager's log says more")

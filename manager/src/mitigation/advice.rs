@@ -100,6 +100,11 @@ fn unsuccessful(subject: &Subject<'_>, target: &str) -> String {
                  revoke {target}`."
             )
         }
+        (_, EventKind::PatternDeployment) => {
+            "See which pattern it is and why it was stopped: `tmctl pattern rollout list`. Correct it and publish it anew; \
+             if what it hit was right, resume its rollout with --force."
+                .to_owned()
+        }
         (_, EventKind::Certificate) => {
             format!(
                 "See that the agent comes back before the end (up to 30 days after it, it renews by itself), or enroll \
@@ -215,7 +220,7 @@ mod tests {
     use super::*;
 
     /// What tmctl can do (product words, section 6).
-    const COMMANDS: [&str; 11] = [
+    const COMMANDS: [&str; 12] = [
         "tmctl why ",
         "tmctl cleanup run ",
         "tmctl task follow ",
@@ -227,6 +232,7 @@ mod tests {
         "tmctl event list ",
         "tmctl scan start ",
         "tmctl vault restore ",
+        "tmctl pattern rollout list",
     ];
 
     /// Every command in backquotes is one of [`COMMANDS`], and there is at least one.

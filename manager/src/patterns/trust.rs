@@ -18,6 +18,7 @@ use std::{
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
+use tm_api::rollout::StartRollout;
 use tm_patterns::trust::{
     self, Bundle, Delegate, KeyError, Root, Signed, SigningKey, Start, Targets, TrustError, Verified,
 };
@@ -62,6 +63,8 @@ pub(crate) struct Change {
     pub(crate) root: Option<String>,
     pub(crate) targets: Option<String>,
     pub(crate) roles: BTreeMap<String, String>,
+    /// How what is new reaches the fleet; all of it at once if nothing is said.
+    pub(crate) rollout: Option<StartRollout>,
 }
 
 /// Why nothing was published.
@@ -77,6 +80,14 @@ pub(crate) enum PublishError {
     Refused(#[source] TrustError),
     #[error("pattern {0} is not here")]
     Missing(Sha256),
+    #[error("a version of `{0}` is still on its way")]
+    UnderWay(String),
+    #[error("endpoints would be left without a version of `{0}`")]
+    Stranded(String),
+    #[error("nothing is new")]
+    NothingNew,
+    #[error("there is no group `{0}`")]
+    NoGroup(String),
     #[error("the stored metadata are damaged")]
     Damaged(#[source] TrustError),
     #[error(transparent)]
@@ -180,6 +191,7 @@ pub(crate) async fn publish(
 ) -> Result<(), PublishError> {
     let row = store.trust().await?;
     let before = row.as_ref().map(|row| parse(row).map_err(PublishError::Damaged)).transpose()?;
+    let rollout = change.rollout.clone();
     let (bundle, set) = judge(keys, before, change, now)?;
     let mut listed = Vec::new();
     for role in Delegate::ALL {
@@ -194,12 +206,17 @@ pub(crate) async fn publish(
         from: row.map(|row| row.generation),
         bundle: &text,
         listed: Some(&listed),
+        rollout: rollout.as_ref(),
         detail: json!({ "root": versions.root, "targets": versions.targets, "roles": roles }),
     };
     match store.publish_trust(new, actor, now.as_millisecond()).await? {
         Published::Done => Ok(()),
         Published::Overtaken => Err(PublishError::Overtaken),
         Published::Missing(sha256) => Err(PublishError::Missing(sha256)),
+        Published::UnderWay(name) => Err(PublishError::UnderWay(name)),
+        Published::Stranded(name) => Err(PublishError::Stranded(name)),
+        Published::NothingNew => Err(PublishError::NothingNew),
+        Published::NoGroup(name) => Err(PublishError::NoGroup(name)),
     }
 }
 
@@ -299,10 +316,22 @@ async fn renew(
     }
     let (bundle, _) = judge(keys, Some(bundle), Change::default(), now)?;
     let text = String::from_utf8(bundle.to_bytes()).expect("JSON is text");
-    let new = NewTrust { from: Some(row.generation), bundle: &text, listed: None, detail: json!({}) };
+    let new = NewTrust {
+        from: Some(row.generation),
+        bundle: &text,
+        listed: None,
+        rollout: None,
+        detail: json!({}),
+    };
     match store.publish_trust(new, "manager", now.as_millisecond()).await? {
         Published::Done => Ok(()),
-        Published::Overtaken | Published::Missing(_) => Err(PublishError::Overtaken),
+        // The others are about what is listed, which stays as it is.
+        Published::Overtaken
+        | Published::Missing(_)
+        | Published::UnderWay(_)
+        | Published::Stranded(_)
+        | Published::NothingNew
+        | Published::NoGroup(_) => Err(PublishError::Overtaken),
     }
 }
 
@@ -362,7 +391,12 @@ mod tests {
 
         fn first(&self) -> Change {
             let roles = Delegate::ALL.map(|role| (role.to_string(), self.list(role, 1, &[])));
-            Change { root: Some(self.root.clone()), targets: Some(self.targets.clone()), roles: roles.into() }
+            Change {
+                root: Some(self.root.clone()),
+                targets: Some(self.targets.clone()),
+                roles: roles.into(),
+                rollout: None,
+            }
         }
 
         fn detect(&self, version: u64, texts: &[&str]) -> Change {

@@ -33,7 +33,8 @@ const MAX_MEANT: i64 = 11;
 pub(crate) struct CleanupWish<'a> {
     /// For whom, and whether the endpoint was named itself (and not found by a search).
     pub(crate) endpoints: &'a [(EndpointRow, bool)],
-    /// Keys or starts of keys, in lower-case hex; empty means all that awaits cleanup.
+    /// Keys or starts of keys, in lower-case hex; empty means all that awaits cleanup and was not found by a version
+    /// of a pattern whose rollout was stopped.
     pub(crate) keys: &'a [String],
     pub(crate) dry_run: bool,
     /// Also for endpoints that are not connected.
@@ -201,6 +202,8 @@ async fn all_waiting(tx: &mut Tx, endpoint: EndpointId) -> Result<Vec<Found>, St
          FROM incident JOIN detection ON detection.incident_id = incident.id
          WHERE incident.endpoint_id = $1 AND incident.state IN ('awaiting-cleanup', 'unresolved')
            AND detection.settled_ms IS NULL
+           AND NOT EXISTS (SELECT 1 FROM rollout WHERE rollout.sha256 = detection.pattern_sha256
+                           AND rollout.state = 'stopped')
          LIMIT $2",
     )
     .bind(endpoint.to_string())

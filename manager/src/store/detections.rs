@@ -14,7 +14,7 @@ use tm_protocol::{
 };
 
 use super::{
-    StoreError, Tx, agent_text,
+    StoreError, Tx, agent_text, brake,
     events::{self, NewEvent},
     incidents,
 };
@@ -102,6 +102,7 @@ pub(super) async fn record(
         };
         events::append(tx, event).await?;
     }
+    let patterns = fresh.keys().map(|(pattern, _)| *pattern).collect();
     // Only what is new opens an incident: a find that is told again may be settled by now.
     for ((pattern, rule), first) in fresh {
         let incident = incidents::join(tx, endpoint, pattern, &rule, &first.path.0, now_ms).await?;
@@ -118,7 +119,7 @@ pub(super) async fn record(
         .await
         .map_err(StoreError::query("join detections to their incident"))?;
     }
-    Ok(())
+    brake::hit(tx, endpoint, &patterns, now_ms).await
 }
 
 /// A member's names as the `member` column holds them.

@@ -8,11 +8,12 @@ use std::collections::{HashMap, HashSet};
 use sqlx::{Row as _, any::AnyRow};
 use tm_protocol::{
     ids::{EndpointId, TaskId},
-    task::{TaskKind, TaskSpec, TaskState},
+    task::{ScanSpec, TaskKind, TaskSpec, TaskState},
 };
 
 use super::{
     PARTS, Store, StoreError, Tx,
+    brake::{self, Stopped},
     outcomes::{self, End, Head},
     parts, places, specs,
     tasks::json,
@@ -86,6 +87,7 @@ impl Store {
     pub(crate) async fn claim(&self, tasks: &[LiveTask], now_ms: i64) -> Result<Vec<DueTask>, StoreError> {
         let mut tx = self.begin().await?;
         let mut due = Vec::with_capacity(tasks.len());
+        let stopped = brake::stopped(&mut tx).await?;
         for part in parts(tasks, PARTS[0]) {
             let fresh = mark(&mut tx, part, now_ms).await?;
             let mut rows = orders(&mut tx, part).await?;
@@ -102,11 +104,21 @@ impl Store {
                     continue;
                 }
                 let text: String = row.get(0);
-                let spec = match last.take() {
+                let mut spec = match last.take() {
                     Some(last) if last.0 == text => last.1,
                     Some(_) | None => specs::from_json(&text)?,
                 };
                 last = Some((text, spec.clone()));
+                if !stopped.is_empty() && head.state == TaskState::Queued {
+                    let was_sent = !fresh.contains(task);
+                    match self
+                        .without_stopped(&mut tx, &stopped, &head, &spec, (&row, was_sent), now_ms)
+                        .await?
+                    {
+                        Some(left) => spec = left,
+                        None => continue,
+                    }
+                }
                 due.push(DueTask {
                     task: *task,
                     endpoint: *endpoint,
@@ -122,6 +134,62 @@ impl Store {
         }
         Self::commit(tx).await?;
         Ok(due)
+    }
+
+    /// What is to be sent of a task that its agent has not accepted, without versions of patterns that were stopped;
+    /// `None` if nothing is.
+    async fn without_stopped(
+        &self,
+        tx: &mut Tx,
+        stopped: &Stopped,
+        head: &Head,
+        spec: &TaskSpec,
+        (row, was_sent): (&AnyRow, bool),
+        now_ms: i64,
+    ) -> Result<Option<TaskSpec>, StoreError> {
+        match spec {
+            TaskSpec::Scan(scan) if scan.patterns.iter().any(|p| stopped.contains_key(&p.sha256)) => {
+                let (versions, group) = (self.versions().await?, row.get::<String, _>(11));
+                let mut left = ScanSpec { patterns: Vec::new(), ..scan.clone() };
+                for pattern in &scan.patterns {
+                    let before = || versions.named(&pattern.name, head.endpoint, &group);
+                    let chosen = if stopped.contains_key(&pattern.sha256) {
+                        before().map(|row| row.reference.clone())
+                    } else {
+                        Some(pattern.clone())
+                    };
+                    left.patterns.extend(chosen.filter(|new| !left.patterns.contains(new)));
+                }
+                if left.patterns.is_empty() {
+                    outcomes::lock(tx, head.endpoint).await?;
+                    let failure = brake::because_stopped("it was to look with one pattern");
+                    outcomes::conclude(tx, head, End::refused(failure), now_ms).await?;
+                    return Ok(None);
+                }
+                let left = TaskSpec::Scan(left);
+                sqlx::query("UPDATE task SET spec = $2 WHERE id = $1")
+                    .bind(head.id.to_string())
+                    .bind(specs::to_json(&left))
+                    .execute(&mut **tx)
+                    .await
+                    .map_err(StoreError::query("take a stopped pattern out of an order"))?;
+                Ok(Some(left))
+            }
+            TaskSpec::Cleanup(cleanup) if !cleanup.dry_run => {
+                let created_ms = row.get(10);
+                if !brake::is_condemned(tx, stopped, head.endpoint, cleanup, created_ms).await? {
+                    return Ok(Some(spec.clone()));
+                }
+                // One that was sent before may have begun: `call_off_stopped` has its agent told.
+                if !was_sent {
+                    outcomes::lock(tx, head.endpoint).await?;
+                    let failure = brake::because_stopped(brake::CLEANUP);
+                    outcomes::conclude(tx, head, End::held_back(failure), now_ms).await?;
+                }
+                Ok(None)
+            }
+            TaskSpec::Scan(_) | TaskSpec::Cleanup(_) | TaskSpec::Restore(_) => Ok(Some(spec.clone())),
+        }
     }
 
     /// Takes the mark back from tasks that could not be handed over after all.
@@ -211,7 +279,7 @@ async fn mark(tx: &mut Tx, tasks: &[LiveTask], now_ms: i64) -> Result<HashSet<Ta
 async fn orders(tx: &mut Tx, tasks: &[LiveTask]) -> Result<HashMap<TaskId, AnyRow>, StoreError> {
     let sql = format!(
         "SELECT task.spec, task.expires_ms, task.deadline_ms, task.issuer, task.reason, task.kind,
-                endpoint.task_kinds, task.dry_run, task.state, task.id
+                endpoint.task_kinds, task.dry_run, task.state, task.id, task.created_ms, endpoint.group_name
          FROM task JOIN endpoint ON endpoint.id = task.endpoint_id
          WHERE task.id IN {} AND task.cancel_ms IS NULL
            AND COALESCE(task.state, '') IN ('queued', 'delivered', 'running')",

@@ -10,6 +10,7 @@
 
 pub(crate) mod accounts;
 pub(crate) mod audit;
+mod brake;
 pub(crate) mod calls;
 pub(crate) mod cancels;
 pub(crate) mod certificates;
@@ -26,6 +27,7 @@ pub(crate) mod expiry;
 pub(crate) mod export;
 pub(crate) mod exporters;
 mod figures;
+pub(crate) mod groups;
 pub(crate) mod incidents;
 pub(crate) mod items;
 pub(crate) mod managers;
@@ -36,6 +38,7 @@ pub(crate) mod patterns;
 pub(crate) mod receipts;
 pub(crate) mod reports;
 pub(crate) mod restores;
+pub(crate) mod rollouts;
 pub(crate) mod schema;
 pub(crate) mod sessions;
 mod specs;
@@ -150,6 +153,8 @@ pub(crate) struct Tx {
     covered: Vec<coverage::Covered>,
     /// Ends of tasks; whoever reads tasks has them written before.
     ended: Vec<ends::Ended>,
+    /// What is watched, once it was asked for.
+    watched: Option<Vec<brake::Watched>>,
 }
 
 impl std::ops::Deref for Tx {
@@ -306,7 +311,7 @@ impl Store {
         let begun = Instant::now();
         METRICS.transaction_wait.observe((begun - asked).as_secs_f64());
         let (engine, events, covered, ended) = (self.engine, Vec::new(), Vec::new(), Vec::new());
-        Ok(Tx { inner, engine, begun, events, covered, ended })
+        Ok(Tx { inner, engine, begun, events, covered, ended, watched: None })
     }
 
     /// Begins a transaction that appends to the audit log. There is one at a time, on PostgreSQL too: it waits here,

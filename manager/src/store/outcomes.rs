@@ -19,7 +19,7 @@ use tm_protocol::{
 };
 
 use super::{
-    Engine, PARTS, StoreError, Tx, agent_failure, coverage,
+    Engine, PARTS, StoreError, Tx, agent_failure, brake, coverage,
     detections::names,
     ends::{self, Ended},
     events::{self, NewEvent},
@@ -179,6 +179,11 @@ impl<'a> End<'a> {
         Self::new(TaskState::Cancelled, Some(failure), What::Nothing)
     }
 
+    /// Called off before its agent had it, for this reason.
+    pub(super) fn held_back(failure: Failure) -> Self {
+        Self::new(TaskState::Cancelled, Some(failure), What::Nothing)
+    }
+
     /// Its agent never had it in time.
     pub(super) fn expired() -> Self {
         let failure = Failure::new("expired", "the endpoint did not take the task in time");
@@ -315,6 +320,9 @@ pub(super) async fn conclude(
             let (spec, began, receipt) = receipts::look_at(tx, head, end.state, coverage).await?;
             let seen = Some((coverage, &receipt));
             coverage::record(tx, head, end.state, &spec, began, seen, now_ms);
+            if end.state == TaskState::Done {
+                brake::looked(tx, head.endpoint, &spec.patterns).await?;
+            }
             let result = scan_json(coverage, &receipt)?;
             refused = receipt.is_refused();
             Some(result)

@@ -14,7 +14,7 @@ use tm_protocol::{
 };
 
 use super::{
-    StoreError, Tx, agent_failure, detections, ends,
+    StoreError, Tx, agent_failure, brake, detections, ends,
     events::{self, NewEvent},
     items,
     outcomes::{self, End, Head},
@@ -107,7 +107,8 @@ fn progress_of(item: &HandedIn) -> Option<TaskId> {
         | ReportBody::Detections { .. }
         | ReportBody::Items { .. }
         | ReportBody::Vault { .. }
-        | ReportBody::Lost { .. } => None,
+        | ReportBody::Lost { .. }
+        | ReportBody::Owned { .. } => None,
     }
 }
 
@@ -143,7 +144,8 @@ pub(super) async fn apply(
         | ReportBody::Detections { .. }
         | ReportBody::Items { .. }
         | ReportBody::Vault { .. }
-        | ReportBody::Lost { .. } => {
+        | ReportBody::Lost { .. }
+        | ReportBody::Owned { .. } => {
             last.settle(tx).await?;
             apply_alone(tx, endpoint, report, most_detections, now_ms).await
         }
@@ -175,6 +177,7 @@ async fn apply_alone(
             items::record(tx, endpoint, *task, items, report.at_ms, now_ms).await
         }
         ReportBody::Vault { first, items } => vault::record(tx, endpoint, *first, items).await,
+        ReportBody::Owned { task, files } => brake::owned(tx, endpoint, *task, files, now_ms).await,
         ReportBody::Lost { count } => {
             let message = format!(
                 "{} lost on the endpoint, because its journal was damaged",

@@ -155,21 +155,34 @@ pub(crate) struct TaskFilter {
 }
 
 impl Store {
-    /// Stores one task for each recipient and a record for each in the audit log, all or none.
+    /// Stores one task for each recipient of each order and a record for each in the audit log, all or none.
     ///
     /// # Errors
     /// If the database refuses; there is then no task.
+    pub(crate) async fn create_tasks_of(
+        &self,
+        orders: Vec<(Order<'_>, Vec<Recipient>)>,
+        now_ms: i64,
+    ) -> Result<Vec<TaskRow>, StoreError> {
+        let mut tx = self.begin_audited().await?;
+        let mut rows = Vec::new();
+        for (order, recipients) in orders {
+            let spec = specs::to_json(order.spec);
+            rows.extend(insert_all(&mut tx, &order, &spec, recipients, now_ms).await?);
+        }
+        Self::commit(tx).await?;
+        Ok(rows)
+    }
+
+    /// The same with one order.
+    #[cfg(test)]
     pub(crate) async fn create_tasks(
         &self,
         order: &Order<'_>,
         recipients: Vec<Recipient>,
         now_ms: i64,
     ) -> Result<Vec<TaskRow>, StoreError> {
-        let spec = specs::to_json(order.spec);
-        let mut tx = self.begin_audited().await?;
-        let rows = insert_all(&mut tx, order, &spec, recipients, now_ms).await?;
-        Self::commit(tx).await?;
-        Ok(rows)
+        self.create_tasks_of(vec![(order.clone(), recipients)], now_ms).await
     }
 
     /// The tasks that fit, newest first, at most `limit`.

@@ -266,6 +266,7 @@ async fn attempt(
             return Some((arrived, Err(Ended::Later(seconds))));
         }
         404 => return refused(arrived, "the manager does not have it"),
+        410 => return refused(arrived, "its rollout was stopped, and nobody is sent it any more"),
         status => return refused(arrived, &format!("the manager answers {status}")),
     }
     loop {

@@ -9,6 +9,7 @@ mod event;
 mod limits;
 mod order;
 mod pattern;
+mod rollout;
 mod scan;
 mod task;
 mod vault;
@@ -29,6 +30,7 @@ pub(crate) use self::{
     event::{Event, EventFilter, ListEvents},
     order::{Terms, To},
     pattern::{ImportPattern, Pattern, Trust},
+    rollout::Rollout,
     scan::{Scan, StartScan},
     task::Task,
     vault::{RunRestore, Vault},
@@ -141,6 +143,9 @@ pub(crate) enum Command {
     /// The machines that agents run on
     #[command(subcommand)]
     Endpoint(Endpoint),
+    /// Groups of endpoints; each endpoint is in exactly one
+    #[command(subcommand)]
+    Group(Group),
     /// Look at files on endpoints
     #[command(subcommand)]
     Scan(Scan),
@@ -201,6 +206,21 @@ pub(crate) enum Command {
         #[arg(value_name = "DIR")]
         folder: PathBuf,
     },
+}
+
+/// `tmctl group`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Group {
+    /// Make a group
+    #[command(long_about = "Make a group. An endpoint comes into it with an enrollment token (tmctl token \
+        create --group) or by hand (tmctl endpoint set-group).\n\n\
+        Example:\n  tmctl group create servers")]
+    Create {
+        /// Its name: 1 to 64 letters, digits, `.`, `-`, `_`
+        name: String,
+    },
+    /// List groups
+    List,
 }
 
 /// `tmctl token`.

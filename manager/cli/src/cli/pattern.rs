@@ -9,6 +9,7 @@ use clap::{
 use tm_patterns::trust::Delegate;
 use tm_protocol::ids::EndpointId;
 
+use super::rollout::{Rollout, RolloutArgs};
 use crate::desk::Seat;
 
 /// `tmctl pattern`.
@@ -24,14 +25,18 @@ pub(crate) enum Pattern {
         --force is given. A list has one digest (MD5, SHA-1 or SHA-256) a line, alone or with a name, as CSV, as \
         MISP exports it, or as ClamAV writes .hdb and .hsb; lines without one are named. If somebody else published \
         at the same moment, nothing is published, and it is said.\n\n\
-        Example:\n  tmctl pattern import rules.yar --name fleet-rules"
+        With --wave only a share of the endpoints gets the new version, and the others keep the one before, until \
+        `tmctl pattern rollout advance`. A version that hits a file of a package, or finds something on more \
+        endpoints than --brake-share allows, stops by itself: nobody is sent it any more.\n\n\
+        Examples:\n  tmctl pattern import rules.yar --name fleet-rules\n  \
+        tmctl pattern import rules.yar --name fleet-rules \\\n      --wave 1%,10%,100% --every 1d"
     )]
     Import(ImportPattern),
     /// Send a pattern to the manager and write what is to be signed into a file
     #[command(
         long_about = "Send a pattern to the manager, which tries it and keeps it as a draft, and write what is to \
         be signed into a file. Each desk that must sign does so with `tmctl pattern sign`; `tmctl pattern publish` \
-        puts it in force.\n\n\
+        puts it in force. How it reaches the fleet (--wave and so on) is a part of the draft.\n\n\
         Example:\n  tmctl pattern draft rules.yar --out rules.draft"
     )]
     Draft {
@@ -53,7 +58,13 @@ pub(crate) enum Pattern {
         /// The draft
         #[arg(value_name = "DRAFT")]
         draft: PathBuf,
+        /// In the place of what the draft says.
+        #[command(flatten)]
+        rollout: RolloutArgs,
     },
+    /// Versions on their way to endpoints, in waves
+    #[command(subcommand)]
+    Rollout(Rollout),
     /// Withdraw a pattern: no agent loads it any more
     Retire {
         /// Its name or digest
@@ -91,6 +102,9 @@ pub(crate) struct ImportPattern {
     /// An endpoint that it is for (may be given several times) [default: all]
     #[arg(long, value_name = "ID")]
     pub(crate) endpoint: Vec<EndpointId>,
+    /// How it reaches the fleet.
+    #[command(flatten)]
+    pub(crate) rollout: RolloutArgs,
 }
 
 /// `tmctl pattern trust`.

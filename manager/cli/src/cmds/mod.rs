@@ -11,12 +11,14 @@ pub(crate) mod endpoint;
 pub(crate) mod event;
 pub(crate) mod export;
 mod follow;
+pub(crate) mod group;
 mod ordered;
 pub(crate) mod pattern;
 mod progress;
 mod publish;
 mod quote;
 mod receipt;
+mod rollout;
 #[cfg(test)]
 mod samples;
 pub(crate) mod scan;

@@ -5,7 +5,7 @@ use std::{fs::File, io::Read as _, path::PathBuf};
 use tm_api::pattern::PatternView;
 use tm_patterns::{MAX_IMPORT, digests::Counts};
 
-use super::{publish, trust};
+use super::{publish, rollout, trust};
 use crate::{
     cli::Pattern,
     client::Client,
@@ -14,9 +14,10 @@ use crate::{
     output::{Column, Output, say},
 };
 
-const COLUMNS: [Column<PatternView>; 9] = [
+const COLUMNS: [Column<PatternView>; 10] = [
     Column::narrow("name", |p| p.name.clone()),
     Column::narrow("state", |p| p.state.clone()),
+    Column::narrow("reach", |p| p.reach.clone()),
     Column::narrow("kind", |p| p.kind.clone()),
     Column::narrow("rules", |p| p.rules.to_string()),
     Column::narrow("digests", digests),
@@ -51,8 +52,11 @@ pub(crate) async fn run(
             out.list(&[sent], &COLUMNS, "")?;
         }
         Pattern::Sign { draft } => publish::sign(&draft, desk)?,
-        Pattern::Publish { draft } => publish::publish(&draft, client, desk).await?,
+        Pattern::Publish { draft, rollout } => {
+            publish::publish(&draft, rollout.terms(), client, desk).await?
+        }
         Pattern::Retire { pattern, role } => publish::retire(&pattern, role, client, desk).await?,
+        Pattern::Rollout(command) => return rollout::run(command, client, out).await,
         Pattern::Trust(command) => return trust::run(command, client, desk, out).await,
         Pattern::List => {
             let patterns: Vec<PatternView> = client.get(&["patterns"], &()).await?;

@@ -1,6 +1,7 @@
 //! From a pattern's file to one that agents load: sent as a draft, signed here, put in force.
 //!
-//! A draft's file is JSON: `format` (`tm-draft-1`), the role, and the role's next file with the signatures so far.
+//! A draft's file is JSON: `format` (`tm-draft-1`), the role, the role's next file with the signatures so far, and
+//! how what is new in it reaches the fleet. That last is nobody's to sign: among what is signed the manager chooses.
 //!
 //! **Invariant:** what is signed is the digest of the bytes on this machine, never one that the manager names.
 
@@ -9,6 +10,7 @@ use std::{fs, path::Path};
 use serde::{Deserialize, Serialize};
 use tm_api::{
     pattern::{ImportQuery, PatternView},
+    rollout::{RolloutState, RolloutView, Share, StartRollout},
     trust::PublishTrust,
 };
 use tm_patterns::{
@@ -35,6 +37,9 @@ struct Draft {
     format: String,
     role: String,
     file: String,
+    /// Absent where all endpoints get it at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rollout: Option<StartRollout>,
 }
 
 /// Imports, signs and publishes in one go; the pattern as it then is.
@@ -50,14 +55,24 @@ pub(crate) async fn import(
     let role = what.role;
     // Before anything is sent: without a key nothing can come of it.
     desk.some_keys(Seat::Role(role))?;
+    let terms = what.rollout.clone().terms();
     let prepared = prepare(&what, out).await?;
     let set = current(client, desk).await?;
     let (sent, entry) = upload(&what, prepared, client, out).await?;
-    let listed = trust::entries(role, &set.role(role).signed).map_err(metadata)?;
-    if !listed.contains(&entry) {
-        let mut file = next(&set, role, Some(entry))?;
+    let mut listed = trust::entries(role, &set.role(role).signed).map_err(metadata)?;
+    listed.retain(|other| other.about.name == entry.about.name || other.sha256 == entry.sha256);
+    let is_in_force = listed == [entry.clone()];
+    if is_in_force && terms.is_some() {
+        return Err(DeskError::InForce("a rollout begins with a new one").into());
+    }
+    if !is_in_force {
+        let kept = if terms.is_some() { in_use(&entry.about.name, client).await? } else { Vec::new() };
+        if listed.contains(&entry) && (terms.is_some() || !stays_chosen(&entry, client).await?) {
+            return Err(DeskError::InForce("endpoints get it as its rollout says").into());
+        }
+        let mut file = next(&set, role, Some(entry), &kept)?;
         sign_here(desk, role, &mut file)?;
-        put_in_force(client, desk, role, &file, &set).await?;
+        put_in_force(client, desk, (role, &file), terms, &set).await?;
     }
     let mut view: PatternView = client.get(&["patterns", &sent.sha256], &()).await?;
     view.warnings = sent.warnings;
@@ -77,9 +92,11 @@ pub(crate) async fn draft(
 ) -> Result<PatternView, Failure> {
     let prepared = prepare(&what, out).await?;
     let set = current(client, desk).await?;
+    let terms = what.rollout.clone().terms();
     let (sent, entry) = upload(&what, prepared, client, out).await?;
-    let file = next(&set, what.role, Some(entry))?;
-    write(path, what.role, &file)?;
+    let kept = if terms.is_some() { in_use(&entry.about.name, client).await? } else { Vec::new() };
+    let file = next(&set, what.role, Some(entry), &kept)?;
+    write(path, what.role, &file, terms)?;
     say("a draft: sign it (tmctl pattern sign), then publish it (tmctl pattern publish)\n");
     Ok(sent)
 }
@@ -89,9 +106,9 @@ pub(crate) async fn draft(
 /// # Errors
 /// If it is none, or there is no key.
 pub(crate) fn sign(path: &Path, desk: &Desk) -> Result<(), Failure> {
-    let (role, mut file) = read(path)?;
+    let (role, mut file, terms) = read(path)?;
     let keys = sign_here(desk, role, &mut file)?;
-    write(path, role, &file)?;
+    write(path, role, &file, terms)?;
     let listed = trust::entries(role, &file.signed).map_err(metadata)?;
     say(&format!("signed with {keys} key(s) of `{role}`, which will list:\n"));
     for entry in listed {
@@ -101,14 +118,20 @@ pub(crate) fn sign(path: &Path, desk: &Desk) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Puts a signed draft in force.
+/// Puts a signed draft in force. `terms` take the place of those in the draft.
 ///
 /// # Errors
-/// If it carries too few signatures, or others published since it was written.
-pub(crate) async fn publish(path: &Path, client: &Client, desk: &Desk) -> Result<(), Failure> {
+/// If it carries too few signatures, others published since it was written, or it leaves out the version that
+/// endpoints which the new one does not reach go on with.
+pub(crate) async fn publish(
+    path: &Path,
+    terms: Option<StartRollout>,
+    client: &Client,
+    desk: &Desk,
+) -> Result<(), Failure> {
     let set = current(client, desk).await?;
-    let (role, file) = read(path)?;
-    put_in_force(client, desk, role, &file, &set).await?;
+    let (role, file, drafted) = read(path)?;
+    put_in_force(client, desk, (role, &file), terms.or(drafted), &set).await?;
     say(&format!("in force: `{role}` version {}\n", file.signed.version));
     Ok(())
 }
@@ -134,7 +157,7 @@ pub(crate) async fn retire(
     let file = trust::role(role, version, &entries, expiry()).map_err(metadata)?;
     let mut file = trust::unsigned(file);
     sign_here(desk, role, &mut file)?;
-    put_in_force(client, desk, role, &file, &set).await?;
+    put_in_force(client, desk, (role, &file), None, &set).await?;
     say("withdrawn: no agent that hears of it loads it any more\n");
     Ok(())
 }
@@ -212,11 +235,39 @@ fn other_bytes(_: &ReadError, sent: &PatternView) -> Failure {
     DeskError::OtherBytes { ours: Sha256::of(b""), theirs: sent.sha256.clone() }.into()
 }
 
-/// A role's next file: with this entry, in the place of what has its name or digest.
-fn next(set: &Verified, role: Delegate, entry: Option<Entry>) -> Result<Signed<Targets>, Failure> {
+/// The versions of a name that endpoints get now, by digest.
+async fn in_use(name: &str, client: &Client) -> Result<Vec<String>, Failure> {
+    let patterns: Vec<PatternView> = client.get(&["patterns"], &()).await?;
+    let used = patterns.into_iter().filter(|pattern| pattern.name == name && pattern.reach != "none");
+    Ok(used.map(|pattern| pattern.sha256).collect())
+}
+
+/// Whether everybody who gets any version of a name would get this one if there were no other.
+async fn stays_chosen(entry: &Entry, client: &Client) -> Result<bool, Failure> {
+    let rollouts: Vec<RolloutView> = client.get(&["rollouts"], &()).await?;
+    let own = rollouts.iter().find(|rollout| rollout.sha256 == entry.sha256.to_string());
+    Ok(own.is_none_or(|rollout| match rollout.state {
+        RolloutState::Withdrawn => true,
+        RolloutState::Stopped => false,
+        RolloutState::Running | RolloutState::Complete => {
+            rollout.group.is_none() && rollout.reach == Some(Share::ALL)
+        }
+    }))
+}
+
+/// A role's next file: with this entry, in the place of what has its name or digest, but for the versions of its name
+/// that are to be `kept` beside it.
+fn next(
+    set: &Verified,
+    role: Delegate,
+    entry: Option<Entry>,
+    kept: &[String],
+) -> Result<Signed<Targets>, Failure> {
     let mut entries = trust::entries(role, &set.role(role).signed).map_err(metadata)?;
     if let Some(entry) = entry {
-        entries.retain(|old| old.about.name != entry.about.name && old.sha256 != entry.sha256);
+        let stays =
+            |old: &Entry| old.about.name != entry.about.name || kept.contains(&old.sha256.to_string());
+        entries.retain(|old| stays(old) && old.sha256 != entry.sha256);
         entries.push(entry);
     }
     let version = set.role(role).signed.version.get() + 1;
@@ -235,8 +286,8 @@ fn sign_here(desk: &Desk, role: Delegate, file: &mut Signed<Targets>) -> Result<
 async fn put_in_force(
     client: &Client,
     desk: &Desk,
-    role: Delegate,
-    file: &Signed<Targets>,
+    (role, file): (Delegate, &Signed<Targets>),
+    rollout: Option<StartRollout>,
     set: &Verified,
 ) -> Result<(), Failure> {
     let needed = trust::role_holders(&set.targets().signed, role).map_or(1, |holders| holders.threshold);
@@ -245,10 +296,10 @@ async fn put_in_force(
         return Err(DeskError::Signatures { role: role.word(), needed, found }.into());
     }
     let roles = [(role.to_string(), trust::text(file))].into();
-    send(client, desk, &PublishTrust { roles, ..PublishTrust::default() }, set).await.map(drop)
+    send(client, desk, &PublishTrust { roles, rollout, ..PublishTrust::default() }, set).await.map(drop)
 }
 
-fn read(path: &Path) -> Result<(Delegate, Signed<Targets>), Failure> {
+fn read(path: &Path) -> Result<(Delegate, Signed<Targets>, Option<StartRollout>), Failure> {
     let text = fs::read_to_string(path).map_err(|source| Failure::File {
         verb: "read",
         path: path.to_path_buf(),
@@ -258,13 +309,18 @@ fn read(path: &Path) -> Result<(Delegate, Signed<Targets>), Failure> {
     let parsed = draft.filter(|draft| draft.format == FORMAT).and_then(|draft| {
         let role = Delegate::from_word(&draft.role)?;
         let file = trust::parse(role.word(), &draft.file).ok()?;
-        trust::entries(role, &file.signed).is_ok().then_some((role, file))
+        trust::entries(role, &file.signed).is_ok().then_some((role, file, draft.rollout))
     });
     parsed.ok_or_else(|| DeskError::Draft(path.to_path_buf()).into())
 }
 
-fn write(path: &Path, role: Delegate, file: &Signed<Targets>) -> Result<(), Failure> {
-    let draft = Draft { format: FORMAT.to_owned(), role: role.to_string(), file: trust::text(file) };
+fn write(
+    path: &Path,
+    role: Delegate,
+    file: &Signed<Targets>,
+    rollout: Option<StartRollout>,
+) -> Result<(), Failure> {
+    let draft = Draft { format: FORMAT.to_owned(), role: role.to_string(), file: trust::text(file), rollout };
     let text = serde_json::to_string_pretty(&draft).expect("texts are JSON");
     fs::write(path, text).map_err(|source| Failure::File { verb: "write", path: path.to_path_buf(), source })
 }

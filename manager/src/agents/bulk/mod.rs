@@ -2,7 +2,7 @@
 //!
 //! | request | answer |
 //! |---|---|
-//! | `GET`, `HEAD /v1/patterns/SHA256` | the bytes; `Range` and `If-Range` as in RFC 9110, the `ETag` is the digest |
+//! | `GET`, `HEAD /v1/patterns/SHA256` | the bytes; `Range` and `If-Range` as in RFC 9110, the `ETag` is the digest; 410 if its rollout was stopped |
 //! | `GET /v1/patterns/SHA256/deltas?from=SHA256,…` | of those that the agent has, the one to begin with, and digest and length of the delta: one line; 404 if there is none worth it |
 //! | `GET`, `HEAD /v1/deltas/SHA256` | a delta's bytes, as a pattern's |
 //! | `GET /v1/trust` | the signed metadata in force, which say what patterns are the fleet's; 304 if their digest stands in `If-None-Match`, 404 if there are none |
@@ -200,9 +200,10 @@ impl Inner {
         let reads = matches!(*request.method(), Method::GET | Method::HEAD);
         match route {
             [Some("patterns"), Some(digest), None, None] => match digest.parse() {
-                Ok(digest) if reads => {
-                    self.file(&request, &self.blobs.path(digest), digest, peer, moved).await
-                }
+                Ok(digest) if reads => match self.held_back(digest).await {
+                    Some(refusal) => refusal,
+                    None => self.file(&request, &self.blobs.path(digest), digest, peer, moved).await,
+                },
                 Ok(_) => method("GET, HEAD"),
                 Err(_) => status_only(StatusCode::NOT_FOUND),
             },
@@ -214,7 +215,10 @@ impl Inner {
                 Err(_) => status_only(StatusCode::NOT_FOUND),
             },
             [Some("patterns"), Some(digest), Some("deltas"), None] => match digest.parse() {
-                Ok(digest) if reads => self.delta(digest, request.uri().query().unwrap_or_default()).await,
+                Ok(digest) if reads => match self.held_back(digest).await {
+                    Some(refusal) => refusal,
+                    None => self.delta(digest, request.uri().query().unwrap_or_default()).await,
+                },
                 Ok(_) => method("GET, HEAD"),
                 Err(_) => status_only(StatusCode::NOT_FOUND),
             },
@@ -223,6 +227,19 @@ impl Inner {
                 intake::answer(self, request, id, peer.endpoint, &moved).await
             }
             _ => status_only(StatusCode::NOT_FOUND),
+        }
+    }
+
+    /// The answer to whoever wants a version whose rollout was stopped; also to one who was sent an order with it
+    /// before that.
+    async fn held_back(&self, digest: Sha256) -> Option<Answer> {
+        match self.store.is_stopped(digest).await {
+            Ok(true) => Some(status_only(StatusCode::GONE)),
+            Ok(false) => None,
+            Err(error) => {
+                tracing::error!(%error, "Cannot look up whether a pattern was stopped.");
+                Some(busy())
+            }
         }
     }
 

@@ -6,6 +6,7 @@ mod fleet;
 mod incidents;
 mod looks;
 mod tasks;
+mod waves;
 
 use sqlx::{AssertSqlSafe, Row as _};
 use tm_api::{
