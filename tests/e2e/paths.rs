@@ -246,7 +246,7 @@ fn a_fleet_lives_where_there_is_no_ipv4() {
 /// Whether nothing is reached by IPv4 although it can be bound.
 fn ipv4_is_dead() -> bool {
     let Ok(listener) = TcpListener::bind("127.0.0.1:0") else { return true };
-    let at = listener.local_addr().unwrap();
+    let at = listener.local_addr().expect("a listener has an address");
     std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1)).is_err()
 }
 
@@ -254,12 +254,12 @@ fn one_fleet(ip: Ipv6Addr) {
     let lab = Lab::start_at(ip.into());
     assert_eq!(lab.agent_port.ip(), IpAddr::V6(ip));
     let token = lab.token(2);
-    let named: tm_protocol::token::EnrollmentToken = token.parse().unwrap();
+    let named: tm_protocol::token::EnrollmentToken = token.parse().expect("it is a token");
     assert_eq!(named.addresses[0].to_string(), format!("[{ip}]:{}", lab.agent_port.port()));
     let agent = lab.agent_with(&token);
     lab.import("eicar.yar", samples::EICAR_RULE).expect(0);
     let folder = lab.folder("dirty");
-    fs::write(folder.join("a.com"), samples::eicar()).unwrap();
+    fs::write(folder.join("a.com"), samples::eicar()).expect("the lab is writable");
     lab.scan(&agent, &folder).expect(10);
     // The proxy, too, may be an address in brackets.
     let proxy = ConnectProxy::start(listen(&ip.to_string()));
@@ -287,7 +287,7 @@ fn one_fleet(ip: Ipv6Addr) {
 
 /// An address that means another machine wherever it is heard is refused before anybody is told it.
 fn addresses_of_one_link() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("temporary folders work");
     for name in ["fe80::1", "fe80::1%lo", "[fe80::1%lo]:4433"] {
         let output = std::process::Command::new(tm_tests::bin("tm-manager"))
             .args([
@@ -302,7 +302,7 @@ fn addresses_of_one_link() {
             .arg("--data")
             .arg(folder.path().join("manager"))
             .output()
-            .unwrap();
+            .expect("programs can be run");
         let output = Output::from(output).expect(1);
         assert!(output.err().contains("fe80::/10"), "{}", output.both());
         assert!(!folder.path().join("manager/manager.toml").exists());
@@ -320,9 +320,10 @@ fn kept(agent: &Agent) -> Vec<String> {
 /// Puts other addresses into an agent's folder.
 fn keep(agent: &Agent, addresses: &[SocketAddr]) {
     let path = agent.data.join("identity/managers.json");
-    let mut kept: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let mut kept: Value =
+        serde_json::from_slice(&fs::read(&path).expect("an agent knows managers")).expect("it is JSON");
     kept["addresses"] = addresses.iter().map(ToString::to_string).collect();
-    fs::write(&path, kept.to_string()).unwrap();
+    fs::write(&path, kept.to_string()).expect("the lab is writable");
 }
 
 #[test]
