@@ -35,6 +35,29 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Turns that one handshake may take: it needs two, and some more on a network that brings messages in pieces.
 const TURNS: usize = 32;
 
+/// A handshake of which the client's first message has been heard.
+pub(crate) struct Begun {
+    accepted: Accepted,
+    stream: TcpStream,
+}
+
+impl Begun {
+    /// On the runtime that watches `stream`.
+    pub(crate) fn new(accepted: Accepted, stream: TcpStream) -> Self {
+        Self { accepted, stream }
+    }
+
+    /// The protocols that the client names (ALPN).
+    pub(crate) fn protocols(&self) -> Vec<Vec<u8>> {
+        let hello = self.accepted.client_hello();
+        hello.alpn().map(|names| names.map(<[u8]>::to_vec).collect()).unwrap_or_default()
+    }
+
+    fn has_left(&self) -> bool {
+        self.stream.peek(&mut [0]).now_or_never().is_some_and(|peeked| peeked.is_ok_and(|bytes| bytes == 0))
+    }
+}
+
 /// Hears a client's first message.
 ///
 /// # Errors
@@ -87,25 +110,18 @@ async fn first_message(stream: &TcpStream) -> io::Result<Accepted> {
 /// # Errors
 /// If the client has left meanwhile, is too slow, or not who it has to be; or if its turn does not come.
 pub(crate) async fn shake(
-    start: StartHandshake<TcpStream>,
+    begun: Begun,
     config: Arc<ServerConfig>,
     place: &Place,
 ) -> io::Result<Box<TlsStream<TcpStream>>> {
     place.is_ready();
     let turn = timeout(QUEUE, place.turn()).await?;
-    let accept = start.into_stream(config);
-    // A socket that has just been taken over is not known to take bytes; all that is said here fits its buffer.
-    if let Some(stream) = accept.get_ref() {
-        timeout(HANDSHAKE, stream.writable()).await??;
-    }
     // Whoever gave up while it waited is not worth the arithmetic.
-    let has_left = accept
-        .get_ref()
-        .and_then(|stream| stream.peek(&mut [0]).now_or_never())
-        .is_some_and(|peeked| peeked.is_ok_and(|bytes| bytes == 0));
-    if has_left {
+    if begun.has_left() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
+    // This is where most of it is done.
+    let accept = StartHandshake::from_parts(begun.accepted, begun.stream).into_stream(config);
     let shaken = timeout(HANDSHAKE, by_turns(Box::new(accept), turn, place)).await?;
     place.is_slow();
     shaken.map(Box::new)

@@ -21,11 +21,10 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::sleep,
 };
-use tokio_rustls::StartHandshake;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    handshake,
+    handshake::{self, Begun},
     metrics::{Held, METRICS},
     strangers::{Place, Strangers},
 };
@@ -39,18 +38,20 @@ const LEAVING: usize = 256;
 pub(crate) struct Heard {
     accepted: Accepted,
     stream: StdStream,
-    pub(crate) from: SocketAddr,
-    pub(crate) place: Place,
+    from: SocketAddr,
+    place: Place,
 }
 
 impl Heard {
     /// The handshake that it has begun, to be gone on with on the present runtime.
     ///
     /// # Errors
-    /// If the kernel does not watch its socket.
-    pub(crate) fn start(self) -> io::Result<(StartHandshake<TcpStream>, SocketAddr, Place)> {
+    /// If its socket cannot be watched.
+    pub(crate) async fn start(self) -> io::Result<(Begun, SocketAddr, Place)> {
         let stream = TcpStream::from_std(self.stream)?;
-        Ok((StartHandshake::from_parts(self.accepted, stream), self.from, self.place))
+        // Only now is it known to take bytes; nobody's turn is spent on waiting for that.
+        stream.writable().await?;
+        Ok((Begun::new(self.accepted, stream), self.from, self.place))
     }
 }
 

@@ -153,8 +153,8 @@ pub(crate) async fn run(data: &Path, config: Config) -> anyhow::Result<()> {
     if let Some(listener) = monitors {
         loops.spawn(serve_monitors(listener, probes::local(probes), ending.clone()));
     }
-    let admins =
-        lobby::open(admins, http::port::LINKS, false, ending.clone()).context("cannot wait for administrators")?;
+    let admins = lobby::open(admins, http::port::LINKS, false, ending.clone())
+        .context("cannot wait for administrators")?;
     loops.spawn(http::port::serve(admins, admin_tls, router, ending.clone()));
     let told = registry.clone();
     let changed = move |authorities: &Authorities| {

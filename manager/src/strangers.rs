@@ -2,9 +2,10 @@
 //! are too many, and whose handshake is next.
 //!
 //! Places are counted by source: an IPv4 address, or the /64 network that one IPv6 host has for itself. When all are
-//! taken, a newcomer gets the place of the oldest one *that keeps us waiting* in the largest crowd, so that who only
-//! holds connections loses them to who says something. Whoever waits for *us* loses its place only to a newcomer of a
-//! much smaller crowd: a fleet that comes back from behind one address is not thrown out by its own kind.
+//! taken, a newcomer gets the place of the one *that has kept us waiting* longest in the largest crowd, if that crowd is
+//! larger than its own or the other one has had time enough to say something. Whoever waits for *us* loses its place
+//! only to a newcomer of a smaller crowd. So who only holds connections loses them to who says something, and a fleet
+//! that comes back, from one address or from many, is not thrown out by its own kind: the newest come again later.
 //!
 //! Handshakes are work, and done a few at a time: in the order of their coming within one source, and by turns among
 //! the sources. The others wait, instead of all of them being served at once and too late.
@@ -17,8 +18,12 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     future::pending,
     net::{IpAddr, Ipv6Addr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::oneshot;
@@ -28,6 +33,9 @@ use crate::metrics::Held;
 
 /// Crowds that are looked at to make room, the largest first.
 const LOOKED_AT: usize = 16;
+/// How long anybody may keep us waiting before one of its own kind gets its place: long enough for a client that is
+/// one of thousands on a busy machine.
+const GRACE: Duration = Duration::from_secs(5);
 /// Turns for each processor: while one is passed on, another one is taken.
 const TURNS: usize = 2;
 
@@ -38,6 +46,7 @@ pub(crate) struct Strangers(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     places: usize,
+    grace: Duration,
     hall: Mutex<Hall>,
 }
 
@@ -46,7 +55,8 @@ struct Inner {
 pub(crate) struct Place {
     strangers: Strangers,
     source: Source,
-    number: u64,
+    /// Of the last change; changes happen under the hall's lock.
+    number: AtomicU64,
     out: CancellationToken,
     /// It is never read: it counts down when the place is free.
     counted: Option<Held>,
@@ -62,13 +72,15 @@ struct Source(IpAddr);
 
 impl Source {
     fn of(from: IpAddr) -> Self {
-        match from.to_canonical() {
-            IpAddr::V4(address) => Self(address.into()),
-            IpAddr::V6(address) => {
-                let network = address.to_bits() >> 64 << 64;
-                Self(Ipv6Addr::from_bits(network).into())
-            }
-        }
+        Self(network(from))
+    }
+}
+
+/// What counts as one source: an IPv4 address, or the /64 network of an IPv6 one.
+pub(crate) fn network(from: IpAddr) -> IpAddr {
+    match from.to_canonical() {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
     }
 }
 
@@ -92,16 +104,26 @@ struct Hall {
 struct Crowd {
     /// The number of its first place.
     since: u64,
-    /// Those who keep us waiting.
-    slow: BTreeMap<u64, CancellationToken>,
-    /// Those who wait for us.
+    /// Those who keep us waiting, the longest first.
+    slow: BTreeMap<u64, Slow>,
+    /// Those who wait for us, the longest first.
     ready: BTreeMap<u64, CancellationToken>,
     waiting: VecDeque<oneshot::Sender<Turn>>,
+}
+
+#[derive(Debug)]
+struct Slow {
+    out: CancellationToken,
+    since: Instant,
 }
 
 impl Crowd {
     fn size(&self) -> usize {
         self.slow.len() + self.ready.len()
+    }
+
+    fn take_out(&mut self, number: u64) -> Option<CancellationToken> {
+        self.slow.remove(&number).map(|slow| slow.out).or_else(|| self.ready.remove(&number))
     }
 }
 
@@ -119,9 +141,13 @@ impl Hall {
         Some(done)
     }
 
-    fn enter(&mut self, source: Source) -> (u64, CancellationToken) {
-        let number = self.next;
+    fn number(&mut self) -> u64 {
         self.next += 1;
+        self.next
+    }
+
+    fn enter(&mut self, source: Source) -> (u64, CancellationToken) {
+        let number = self.number();
         self.taken += 1;
         self.crowds.entry(source).or_insert_with(|| Crowd {
             since: number,
@@ -130,20 +156,22 @@ impl Hall {
             waiting: VecDeque::new(),
         });
         let out = CancellationToken::new();
-        self.change(source, |crowd| crowd.slow.insert(number, out.clone()));
+        let slow = Slow { out: out.clone(), since: Instant::now() };
+        self.change(source, |crowd| crowd.slow.insert(number, slow));
         (number, out)
     }
 
     /// Shows somebody out for a newcomer from `source`; `false` if nobody has to go for that one.
-    fn make_room(&mut self, source: Source) -> bool {
+    fn make_room(&mut self, source: Source, grace: Duration) -> bool {
         let own = self.crowds.get(&source).map_or(0, Crowd::size);
         let victim = self.ranks.iter().rev().take(LOOKED_AT).find_map(|(size, _, from)| {
             let crowd = self.crowds.get(from)?;
-            if let Some(oldest) = crowd.slow.keys().next().filter(|_| *size > own || *from == source) {
-                return Some((*from, *oldest));
-            }
-            let newest = crowd.ready.keys().next_back()?;
-            (*size > own + 1).then_some((*from, *newest))
+            let is_larger = *size > own + 1;
+            let oldest =
+                crowd.slow.iter().next().filter(|(_, slow)| is_larger || slow.since.elapsed() >= grace);
+            let newest = || crowd.ready.keys().next_back().filter(|_| is_larger);
+            let number = oldest.map(|(number, _)| number).or_else(newest)?;
+            Some((*from, *number))
         });
         let Some((from, number)) = victim else { return false };
         if let Some(out) = self.take_out(from, number) {
@@ -155,8 +183,7 @@ impl Hall {
 
     /// Takes somebody out of its crowd; `None` if it is not there.
     fn take_out(&mut self, source: Source, number: u64) -> Option<CancellationToken> {
-        self.change(source, |crowd| crowd.slow.remove(&number).or_else(|| crowd.ready.remove(&number)))
-            .flatten()
+        self.change(source, |crowd| crowd.take_out(number)).flatten()
     }
 
     /// Whose turn it is now, or nobody's.
@@ -183,10 +210,10 @@ impl Hall {
 impl Strangers {
     /// Room for `places` strangers.
     pub(crate) fn new(places: usize) -> Self {
-        Self::with(places, thread::available_parallelism().map_or(1, usize::from) * TURNS)
+        Self::with(places, thread::available_parallelism().map_or(1, usize::from) * TURNS, GRACE)
     }
 
-    fn with(places: usize, turns: usize) -> Self {
+    fn with(places: usize, turns: usize, grace: Duration) -> Self {
         let hall = Hall {
             next: 0,
             taken: 0,
@@ -196,7 +223,7 @@ impl Strangers {
             turns,
             order: VecDeque::new(),
         };
-        Self(Arc::new(Inner { places, hall: Mutex::new(hall) }))
+        Self(Arc::new(Inner { places, grace, hall: Mutex::new(hall) }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Hall> {
@@ -207,10 +234,11 @@ impl Strangers {
     pub(crate) fn enter(&self, from: IpAddr) -> Option<Place> {
         let source = Source::of(from);
         let mut hall = self.lock();
-        if hall.taken >= self.0.places && !hall.make_room(source) {
+        if hall.taken >= self.0.places && !hall.make_room(source, self.0.grace) {
             return None;
         }
         let (number, out) = hall.enter(source);
+        let number = AtomicU64::new(number);
         Some(Place { strangers: self.clone(), source, number, out, counted: None })
     }
 
@@ -245,20 +273,30 @@ impl Place {
         self.out.cancelled().await;
     }
 
+    fn number(&self) -> u64 {
+        self.number.load(Ordering::Relaxed)
+    }
+
     /// The stranger has said what there is to say, and waits for us.
     pub(crate) fn is_ready(&self) {
-        self.strangers.lock().change(self.source, |crowd| {
-            if let Some(out) = crowd.slow.remove(&self.number) {
-                crowd.ready.insert(self.number, out);
+        let (old, mut hall) = (self.number(), self.strangers.lock());
+        let new = hall.number();
+        hall.change(self.source, |crowd| {
+            if let Some(slow) = crowd.slow.remove(&old) {
+                crowd.ready.insert(new, slow.out);
+                self.number.store(new, Ordering::Relaxed);
             }
         });
     }
 
     /// We wait for the stranger (again).
     pub(crate) fn is_slow(&self) {
-        self.strangers.lock().change(self.source, |crowd| {
-            if let Some(out) = crowd.ready.remove(&self.number) {
-                crowd.slow.insert(self.number, out);
+        let (old, mut hall) = (self.number(), self.strangers.lock());
+        let new = hall.number();
+        hall.change(self.source, |crowd| {
+            if let Some(out) = crowd.ready.remove(&old) {
+                crowd.slow.insert(new, Slow { out, since: Instant::now() });
+                self.number.store(new, Ordering::Relaxed);
             }
         });
     }
@@ -266,14 +304,14 @@ impl Place {
     /// It is no stranger any more: nobody takes its place, which it keeps.
     pub(crate) fn is_known(&self) {
         let mut hall = self.strangers.lock();
-        if hall.take_out(self.source, self.number).is_some() {
-            hall.known.insert(self.number);
+        if hall.take_out(self.source, self.number()).is_some() {
+            hall.known.insert(self.number());
         }
     }
 
     /// Whether nobody knows who it is.
     pub(crate) fn is_stranger(&self) -> bool {
-        !self.strangers.lock().known.contains(&self.number)
+        !self.strangers.lock().known.contains(&self.number())
     }
 
     /// Waits for a turn. (One who has lost its place waits for ever.)
@@ -316,8 +354,8 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut hall = self.strangers.lock();
-        let was_here = hall.take_out(self.source, self.number).is_some();
-        if was_here || hall.known.remove(&self.number) {
+        let number = self.number();
+        if hall.take_out(self.source, number).is_some() || hall.known.remove(&number) {
             hall.taken -= 1;
         }
     }
@@ -337,6 +375,8 @@ mod tests {
 
     use super::*;
 
+    const LONG: Duration = Duration::from_secs(3600);
+
     fn from(n: u8) -> IpAddr {
         IpAddr::from([192, 0, 2, n])
     }
@@ -347,7 +387,7 @@ mod tests {
 
     #[test]
     fn a_newcomer_takes_the_place_of_the_oldest_idler_of_the_largest_crowd() {
-        let strangers = Strangers::with(6, 1);
+        let strangers = Strangers::with(6, 1, LONG);
         let crowd: Vec<Place> = (0..4).map(|_| strangers.enter(from(1)).unwrap()).collect();
         let others: Vec<Place> = (2..4).map(|n| strangers.enter(from(n)).unwrap()).collect();
         crowd[0].is_ready();
@@ -356,18 +396,16 @@ mod tests {
         assert!(
             [&crowd[0], &crowd[2], &crowd[3], &others[0], &others[1]].iter().all(|place| !is_lost(place))
         );
-        // Its own kind is let in as well, in its own kind's place.
-        let own = strangers.enter(from(1)).unwrap();
-        assert!(is_lost(&crowd[2]) && !is_lost(&newcomer));
-        assert_eq!(strangers.lock().taken, 6);
-        drop((crowd, others, newcomer, own));
+        assert!(strangers.enter(from(1)).is_none(), "its own kind has to wait");
+        assert!(!is_lost(&newcomer) && strangers.lock().taken == 6);
+        drop((crowd, others, newcomer));
         let hall = strangers.lock();
         assert_eq!((hall.taken, hall.crowds.len(), hall.ranks.len()), (0, 0, 0), "nothing is left behind");
     }
 
     #[test]
     fn who_waits_for_us_stays_before_its_own_kind_and_goes_for_a_smaller_crowd() {
-        let strangers = Strangers::with(3, 1);
+        let strangers = Strangers::with(3, 1, LONG);
         let crowd: Vec<Place> = (0..3).map(|_| strangers.enter(from(1)).unwrap()).collect();
         crowd.iter().for_each(Place::is_ready);
         assert!(strangers.enter(from(1)).is_none(), "a fleet does not throw out its own");
@@ -376,13 +414,36 @@ mod tests {
         other.is_ready();
         assert!(strangers.enter(from(2)).is_none(), "crowds of two and one: none is much smaller");
         crowd[0].is_slow();
-        assert!(strangers.enter(from(2)).is_some());
-        assert!(is_lost(&crowd[0]));
+        assert!(strangers.enter(from(2)).is_none(), "also if it keeps us waiting");
+    }
+
+    #[test]
+    fn who_has_had_time_enough_goes_for_anybody_and_who_waits_for_us_does_not() {
+        let strangers = Strangers::with(3, 1, Duration::ZERO);
+        let crowd: Vec<Place> = (0..3).map(|_| strangers.enter(from(1)).unwrap()).collect();
+        crowd[0].is_ready();
+        crowd[1].is_ready();
+        crowd[1].is_slow();
+        let own = strangers.enter(from(1)).unwrap();
+        assert!(is_lost(&crowd[2]), "the one that has kept us waiting longest");
+        own.is_ready();
+        let last = strangers.enter(from(1)).unwrap();
+        assert!(is_lost(&crowd[1]) && !is_lost(&crowd[0]) && !is_lost(&own));
+        last.is_ready();
+        assert!(strangers.enter(from(1)).is_none(), "all wait for us");
+    }
+
+    #[test]
+    fn a_fleet_of_many_addresses_does_not_throw_out_its_own() {
+        let strangers = Strangers::with(100, 1, LONG);
+        let fleet: Vec<Place> = (0..100).map(|n| strangers.enter(from(n)).unwrap()).collect();
+        assert!((100..=200).all(|n| strangers.enter(from(n)).is_none()));
+        assert!(!fleet.iter().any(is_lost));
     }
 
     #[test]
     fn the_known_keep_their_places_and_are_counted() {
-        let strangers = Strangers::with(2, 1);
+        let strangers = Strangers::with(2, 1, LONG);
         let known: Vec<Place> = (0..2).map(|_| strangers.enter(from(1)).unwrap()).collect();
         known.iter().for_each(Place::is_known);
         assert!(strangers.enter(from(2)).is_none() && !known.iter().any(is_lost));
@@ -402,7 +463,7 @@ mod tests {
 
     #[tokio::test]
     async fn sources_take_turns_and_no_turn_is_lost() {
-        let strangers = Strangers::with(100, 1);
+        let strangers = Strangers::with(100, 1, LONG);
         let enter = |n| {
             let place = strangers.enter(from(n)).unwrap();
             place.is_ready();

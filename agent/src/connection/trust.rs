@@ -97,11 +97,7 @@ pub(crate) fn admit(set: &Verified, wanted: &PatternRef, endpoint: EndpointId) -
 /// What the manager has; nothing if that is what is `known`.
 type Fetched = Option<Vec<u8>>;
 
-async fn fetch(
-    address: &Address,
-    dialler: &Dialler,
-    known: Option<Sha256>,
-) -> Result<Fetched, String> {
+async fn fetch(address: &Address, dialler: &Dialler, known: Option<Sha256>) -> Result<Fetched, String> {
     let most = u64::try_from(MAX_BUNDLE).unwrap_or(u64::MAX);
     let whole = small(address, dialler, "/v1/trust", most, known);
     let fetched = timeout(TRANSFER, whole).await;

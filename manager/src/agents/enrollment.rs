@@ -23,7 +23,7 @@ use super::{LinkError, now_ms, read, session::Shared, write};
 use crate::{
     metrics::METRICS,
     store::enrollments::{NewEndpoint, TokenRefusal},
-    strangers::Place,
+    strangers::{Place, network},
 };
 
 /// How long the request may take to arrive.
@@ -36,7 +36,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// Addresses remembered; beyond it the oldest minute is forgotten.
 const REMEMBERED: usize = 10_000;
 
-/// Who has failed lately, by address.
+/// Who has failed lately, by address (of IPv6, by the /64 network).
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Guard(Arc<Mutex<HashMap<IpAddr, (Instant, u32)>>>);
 
@@ -53,7 +53,7 @@ impl Guard {
     fn failures(&self, from: IpAddr, now: Instant) -> u32 {
         let failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         failures
-            .get(&from)
+            .get(&network(from))
             .filter(|(since, _)| now.duration_since(*since) < MINUTE)
             .map_or(0, |(_, count)| *count)
     }
@@ -66,7 +66,7 @@ impl Guard {
         if failures.len() >= REMEMBERED {
             failures.clear();
         }
-        let entry = failures.entry(from).or_insert((now, 0));
+        let entry = failures.entry(network(from)).or_insert((now, 0));
         if now.duration_since(entry.0) >= MINUTE {
             *entry = (now, 0);
         }
@@ -175,6 +175,11 @@ mod tests {
         }
         assert!(guard.is_blocked(from, start));
         assert!(!guard.is_blocked(IpAddr::from([192, 0, 2, 2]), start));
+        for last in 1..=10_u8 {
+            guard.failed(format!("2001:db8::{last:x}").parse().unwrap(), start);
+        }
+        assert!(guard.is_blocked("2001:db8::ffff".parse().unwrap(), start), "one network is one source");
+        assert!(!guard.is_blocked("2001:db8:0:1::1".parse().unwrap(), start));
         assert!(!guard.is_flooding(from, start));
         for _ in FAILURES..FLOOD {
             guard.failed(from, start);

@@ -15,7 +15,9 @@ const MOST: usize = 16;
 /// What a link is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
+    /// Sessions.
     Control,
+    /// Transfers.
     Bulk,
 }
 

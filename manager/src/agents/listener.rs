@@ -12,7 +12,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, timeout},
 };
-use tokio_rustls::{StartHandshake, server::TlsStream};
+use tokio_rustls::server::TlsStream;
 
 use super::{
     LinkError, bulk,
@@ -23,7 +23,7 @@ use super::{
     tls::{Peer, Ports, peer},
 };
 use crate::{
-    handshake,
+    handshake::{self, Begun},
     lobby::Heard,
     metrics::METRICS,
     store::enrollments::CertificateStatus,
@@ -52,12 +52,12 @@ pub(crate) async fn run(mut lobby: mpsc::Receiver<Heard>, port: Port) {
         let Some(heard) = heard else { return };
         let port = port.clone();
         tokio::spawn(async move {
-            let (start, from, place) = match heard.start() {
+            let (begun, from, place) = match heard.start().await {
                 Ok(started) => started,
                 Err(error) => return tracing::warn!(%error, "Cannot take a link over."),
             };
             let greeted = tokio::select! {
-                greeted = greet(start, from, &place, &port) => greeted,
+                greeted = greet(begun, from, &place, &port) => greeted,
                 () = place.is_lost() => {
                     Err(io::Error::new(io::ErrorKind::Interrupted, "another one needs the place"))
                 }
@@ -93,27 +93,21 @@ enum Greeted {
     Renew(Box<TlsStream<TcpStream>>),
 }
 
-async fn greet(
-    start: StartHandshake<TcpStream>,
-    from: SocketAddr,
-    place: &Place,
-    port: &Port,
-) -> io::Result<Greeted> {
-    let offered: Vec<Vec<u8>> =
-        start.client_hello().alpn().map(|names| names.map(<[u8]>::to_vec).collect()).unwrap_or_default();
+async fn greet(begun: Begun, from: SocketAddr, place: &Place, port: &Port) -> io::Result<Greeted> {
+    let offered = begun.protocols();
     let tls = port.tls.now();
     let offers = |name: &[u8]| offered.iter().any(|offer| offer == name);
     if offers(ALPN_CONTROL) {
-        Ok(Greeted::Control(handshake::shake(start, tls.control, place).await?))
+        Ok(Greeted::Control(handshake::shake(begun, tls.control, place).await?))
     } else if offers(ALPN_BULK) {
-        Ok(Greeted::Bulk(handshake::shake(start, tls.bulk, place).await?))
+        Ok(Greeted::Bulk(handshake::shake(begun, tls.bulk, place).await?))
     } else if offers(ALPN_ENROLL) {
         if port.guard.is_flooding(from.ip(), Instant::now().into_std()) {
             return Err(io::Error::other("it has failed to enroll far too often"));
         }
-        Ok(Greeted::Enroll(handshake::shake(start, tls.enroll, place).await?))
+        Ok(Greeted::Enroll(handshake::shake(begun, tls.enroll, place).await?))
     } else if offers(ALPN_RENEW) {
-        Ok(Greeted::Renew(handshake::shake(start, tls.renew, place).await?))
+        Ok(Greeted::Renew(handshake::shake(begun, tls.renew, place).await?))
     } else {
         Err(io::Error::other("it names no protocol of ours"))
     }

@@ -31,14 +31,16 @@ use hyper_util::{
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
     sync::mpsc,
     time::{Sleep, sleep},
 };
-use tokio_rustls::StartHandshake;
 use tokio_util::sync::CancellationToken;
 
-use crate::{handshake, lobby::Heard, strangers::Place};
+use crate::{
+    handshake::{self, Begun},
+    lobby::Heard,
+    strangers::Place,
+};
 
 /// Links at a time, of administrators and of those who may be some.
 pub(crate) const LINKS: usize = 512;
@@ -64,12 +66,12 @@ pub(crate) async fn serve(
         let Some(heard) = heard else { return };
         let (tls, router, ending) = (Arc::clone(&tls), router.clone(), ending.clone());
         tokio::spawn(async move {
-            let (start, from, place) = match heard.start() {
-                Ok((start, from, place)) => (start, from, Arc::new(place)),
+            let (begun, from, place) = match heard.start().await {
+                Ok((begun, from, place)) => (begun, from, Arc::new(place)),
                 Err(error) => return tracing::warn!(%error, "Cannot take a link over."),
             };
             tokio::select! {
-                () = link(start, tls, router, Arc::clone(&place)) => {}
+                () = link(begun, tls, router, Arc::clone(&place)) => {}
                 () = place.is_lost() => tracing::debug!(%from, "Another one needs the place."),
                 () = ending.cancelled() => {}
             }
@@ -77,8 +79,8 @@ pub(crate) async fn serve(
     }
 }
 
-async fn link(start: StartHandshake<TcpStream>, tls: Arc<ServerConfig>, router: Router, place: Arc<Place>) {
-    let Ok(link) = handshake::shake(start, tls, &place).await else { return };
+async fn link(begun: Begun, tls: Arc<ServerConfig>, router: Router, place: Arc<Place>) {
+    let Ok(link) = handshake::shake(begun, tls, &place).await else { return };
     let routes = TowerToHyperService::new(router);
     let asked = AtomicUsize::new(0);
     let service = service_fn(move |request: Request<Incoming>| {
