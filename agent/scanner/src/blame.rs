@@ -4,7 +4,7 @@
 //! set in workers of their own, on the item that was set aside last, until one pattern is left.
 //!
 //! **Invariant:** a pattern is named only if a worker that had no other one died of it, and one that had none at
-//! all did not.
+//! all did not; and never for a file that becomes shorter while it is looked at.
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},
@@ -68,6 +68,6 @@ fn ends_worker(
         Ok(Answer::Refused { .. } | Answer::Done { .. } | Answer::Measured { .. })
         | Err(RecvTimeoutError::Timeout) => false,
     };
-    worker.kill();
-    is_dead
+    let ended = worker.kill();
+    is_dead && !ended.has_lost_a_file
 }

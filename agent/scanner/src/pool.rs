@@ -336,6 +336,10 @@ impl Supervisor {
                         self.unending += 1;
                     }
                     self.past(ended.cpu_ms);
+                    let reason = match reason {
+                        SkipReason::WorkerDied if ended.has_lost_a_file => SkipReason::Changed,
+                        reason => reason,
+                    };
                     self.sort_out(&lost, reason, &in_hand);
                     if reason == SkipReason::Timeout {
                         self.fruitless = 0;
@@ -491,13 +495,16 @@ impl Supervisor {
     /// After a worker's end: reports what had its last chance, and queues the rest again.
     fn sort_out(&mut self, lost: &[u64], reason: SkipReason, in_hand: &[u64]) {
         let timed_out = reason == SkipReason::Timeout;
+        let has_ended_workers = reason == SkipReason::WorkerDied;
         for id in lost {
             if let Some(file) = self.out.remove(id) {
                 if timed_out {
                     // A file system that does not answer may make even closing wait.
                     let _ = thread::Builder::new().name("scan-close".to_owned()).spawn(move || drop(file));
-                } else {
+                } else if has_ended_workers {
                     self.set_aside(&file);
+                } else {
+                    self.fruitless = 0;
                 }
                 self.lose(*id, reason);
             }

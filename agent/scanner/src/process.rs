@@ -4,7 +4,10 @@ use std::{
     fs::File,
     io::{self, BufReader, IoSlice, Write as _},
     mem::MaybeUninit,
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::process::ExitStatusExt as _,
+    },
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -130,7 +133,7 @@ impl Worker {
     pub(crate) fn end(mut self) -> Ended {
         self.socket = None;
         if self.ends_within(LAST_CALL) {
-            return Ended { cpu_ms: self.reap(), is_gone: true };
+            return self.reap();
         }
         self.kill()
     }
@@ -142,12 +145,12 @@ impl Worker {
         let _ = self.child.kill();
         self.socket = None;
         if self.ends_within(LAST_CALL) {
-            return Ended { cpu_ms: self.reap(), is_gone: true };
+            return self.reap();
         }
         let cpu_ms = self.cpu_ms();
         // Without a thread it stays a zombie until this process ends.
         let _ = thread::Builder::new().name("scan-reaper".to_owned()).spawn(move || self.child.wait());
-        Ended { cpu_ms, is_gone: false }
+        Ended { cpu_ms, is_gone: false, has_lost_a_file: false }
     }
 
     fn ends_within(&self, patience: Duration) -> bool {
@@ -161,11 +164,12 @@ impl Worker {
         true
     }
 
-    /// The CPU time, in milliseconds, of one that has ended: a zombie still shows it, until it is waited for.
-    fn reap(&mut self) -> u64 {
+    /// One that has ended: a zombie still shows its CPU time, until it is waited for.
+    fn reap(&mut self) -> Ended {
         let cpu_ms = self.cpu_ms();
-        let _ = self.child.wait();
-        cpu_ms
+        let signal = self.child.wait().ok().and_then(|status| status.signal());
+        let has_lost_a_file = signal == Some(rustix::process::Signal::BUS.as_raw());
+        Ended { cpu_ms, is_gone: true, has_lost_a_file }
     }
 
     fn has_ended(&self) -> bool {
@@ -181,6 +185,9 @@ pub(crate) struct Ended {
     pub(crate) cpu_ms: u64,
     /// It has ended; if not, its pipe may never end either.
     pub(crate) is_gone: bool,
+    /// It died because a file became shorter, or could not be read, while it was mapped (SIGBUS): that is the file's
+    /// doing and nobody else's.
+    pub(crate) has_lost_a_file: bool,
 }
 
 /// Fields 14 and 15 of `/proc/PID/stat` (proc(5)): user and system time in clock ticks.

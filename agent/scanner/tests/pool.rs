@@ -298,6 +298,36 @@ fn a_file_that_is_cut_while_it_is_mapped_costs_at_most_itself() {
 }
 
 #[test]
+fn files_that_are_cut_again_and_again_have_changed_and_no_pattern_is_blamed() {
+    let files: Vec<File> = (0..8).map(|_| file(&vec![b'.'; 32 << 20])).collect();
+    let handles: Vec<File> = files.iter().map(|f| f.try_clone().unwrap()).collect();
+    let options = PoolOptions { threads: 1, limits: ScanLimits::default(), nice: 0 };
+    let (pool, results) = ScanPool::start(&program(), &[pattern(MARKER)], options).unwrap();
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let all: Vec<ItemResult> = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(std::sync::atomic::Ordering::Acquire) {
+                handles.iter().for_each(|handle| handle.set_len(32 << 20).unwrap());
+                std::thread::sleep(Duration::from_millis(1));
+                handles.iter().for_each(|handle| handle.set_len(4096).unwrap());
+            }
+        });
+        for (id, file) in (0..).zip(files) {
+            pool.submit(Item { id, file: file.into() });
+        }
+        pool.finish();
+        let all = results.iter().collect();
+        is_over.store(true, std::sync::atomic::Ordering::Release);
+        all
+    });
+    assert_eq!(all.len(), 8, "every item has a result");
+    assert_eq!(pool.lethal_pattern(), None);
+    let reasons: Vec<SkipReason> = all.iter().flat_map(skips).collect();
+    assert!(reasons.contains(&SkipReason::Changed), "the control: they end workers; {reasons:?}");
+    assert!(!reasons.contains(&SkipReason::WorkerDied), "{reasons:?}");
+}
+
+#[test]
 fn rules_that_can_hold_up_a_scan_are_refused_unless_forced() {
     let text =
         "import \"hash\"\nrule a {\n condition: for any i in (0..filesize) : (hash.md5(i, 9) == \"x\") }";
