@@ -285,7 +285,8 @@ pub enum ReportBody {
         /// How many besides this one.
         count: u64,
     },
-    /// Of the files in which a scan found something, those that belong to packages. Told before the detections.
+    /// Of the files in which a scan found something, those that belong to packages. Told before the detections, so that
+    /// a manager stops what is wrong before it does anything about them.
     Owned {
         /// Which scan.
         task: TaskId,

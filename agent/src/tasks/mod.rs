@@ -532,7 +532,6 @@ impl Tasks {
         if !self.running.contains_key(&task) {
             return;
         }
-        // First, so that a manager stops what is wrong before it does anything about the finds.
         if !owned.is_empty() {
             self.report(ReportBody::Owned { task, files: owned }, None, now, effects);
         }

@@ -97,10 +97,16 @@ mod tests {
     fn one_file_of_a_package_is_told_for_each_pattern() {
         let folder = tempfile::tempdir().unwrap();
         let mut owned = owned(folder.path());
+        let root = folder.path().to_str().unwrap();
         let mut told = |found: &[Detection]| {
-            let found: Vec<&Detection> = found.iter().collect();
-            let files = owned.among(&found).unwrap();
-            files.into_iter().map(|file| format!("{} {}", file.path, file.package)).collect::<Vec<_>>()
+            let below = |one: &Detection| Detection {
+                path: PathBytes([root.as_bytes(), &one.path.0].concat()),
+                ..one.clone()
+            };
+            let found: Vec<Detection> = found.iter().map(below).collect();
+            let files = owned.among(&found.iter().collect::<Vec<_>>()).unwrap();
+            let shown = |file: OwnedFile| format!("{} {}", file.path, file.package).replace(root, "");
+            files.into_iter().map(shown).collect::<Vec<_>>()
         };
         assert_eq!(told(&[detection(b"a", "/home/x"), detection(b"b", "/usr/bin/other")]), [""; 0]);
         let first = told(&[

@@ -14,19 +14,20 @@ use super::{
     now_ms, rfc3339,
 };
 use crate::store::{
-    endpoints::Filter,
+    endpoints::{EndpointRow, Filter},
     rollouts::{Move, Moved, RolloutRow},
 };
 
 /// Most rows in a list.
-const MOST: u32 = 1000;
+const MOST: u32 = 200;
 const MIN_EVERY_S: u64 = 10;
 const MAX_EVERY_S: u64 = 366 * 24 * 3600;
 
 pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<Vec<RolloutView>>, Error> {
+    let endpoints = state.store.endpoints(&Filter::default()).await?;
     let mut views = Vec::new();
     for row in state.store.rollouts(MOST).await? {
-        views.push(view(&state, row).await?);
+        views.push(view(&state, row, &endpoints).await?);
     }
     Ok(Json(views))
 }
@@ -36,7 +37,7 @@ pub(crate) async fn show(
     Named(text): Named,
 ) -> Result<Json<RolloutView>, Error> {
     let row = one(&state, &text).await?;
-    Ok(Json(view(&state, row).await?))
+    alone(&state, row).await
 }
 
 pub(crate) async fn advance(
@@ -91,7 +92,7 @@ async fn carry_out(
     let conflict = |message: String| Error::new(Code::Conflict, message);
     let name = quoted(&row.name);
     match state.store.move_rollout(row.id, wish, &actor.name, now_ms()).await? {
-        Moved::Done(row) => Ok(Json(view(state, *row).await?)),
+        Moved::Done(row) => alone(state, *row).await,
         Moved::Unknown => Err(Error::not_found("rollout", text)),
         Moved::Not(RolloutState::Stopped) => Err(conflict(format!("the rollout of {name} is stopped"))
             .hint("let it go on: tmctl pattern rollout resume")),
@@ -112,18 +113,19 @@ async fn one(state: &AppState, text: &str) -> Result<RolloutRow, Error> {
     })
 }
 
-async fn view(state: &AppState, row: RolloutRow) -> Result<RolloutView, Error> {
-    let counts = state.store.rollout_counts(row.id).await?;
+async fn alone(state: &AppState, row: RolloutRow) -> Result<Json<RolloutView>, Error> {
     let filter = Filter { group: row.group.clone(), ..Filter::default() };
-    let endpoints = match row.reach() {
-        None => 0,
-        Some(_) => {
-            let known = state.store.endpoints(&filter).await?;
-            let reached = known.iter().filter(|endpoint| row.reaches(endpoint.id, &endpoint.group));
-            u64::try_from(reached.filter(|endpoint| endpoint.revoked_ms.is_none()).count())
-                .unwrap_or(u64::MAX)
-        }
-    };
+    let endpoints = state.store.endpoints(&filter).await?;
+    Ok(Json(view(state, row, &endpoints).await?))
+}
+
+/// A row as clients see it; `known` are all endpoints that it may reach.
+async fn view(state: &AppState, row: RolloutRow, known: &[EndpointRow]) -> Result<RolloutView, Error> {
+    let counts = state.store.rollout_counts(row.id).await?;
+    let reached = known
+        .iter()
+        .filter(|endpoint| endpoint.revoked_ms.is_none() && row.reaches(endpoint.id, &endpoint.group));
+    let endpoints = u64::try_from(reached.count()).unwrap_or(u64::MAX);
     Ok(RolloutView {
         id: row.id.to_string(),
         reach: row.reach(),

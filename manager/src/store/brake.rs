@@ -341,8 +341,16 @@ impl Store {
     }
 }
 
-/// Calls a cleanup off, if it has not begun and nobody did before.
-async fn call_off(tx: &mut Tx, endpoint: EndpointId, task: TaskId, now_ms: i64) -> Result<bool, StoreError> {
+/// Calls a task off, if it has not begun and nobody did before; whether it did. Whoever calls holds the endpoint's row.
+///
+/// # Errors
+/// If the database refuses.
+pub(super) async fn call_off(
+    tx: &mut Tx,
+    endpoint: EndpointId,
+    task: TaskId,
+    now_ms: i64,
+) -> Result<bool, StoreError> {
     let marked = sqlx::query(
         "UPDATE task SET cancel_ms = $2
          WHERE id = $1 AND cancel_ms IS NULL AND state IN ('queued', 'delivered') RETURNING sent_ms",
@@ -351,7 +359,7 @@ async fn call_off(tx: &mut Tx, endpoint: EndpointId, task: TaskId, now_ms: i64) 
     .bind(now_ms)
     .fetch_optional(&mut **tx)
     .await
-    .map_err(StoreError::query("call a cleanup off"))?;
+    .map_err(StoreError::query("call a task off"))?;
     let Some(marked) = marked else { return Ok(false) };
     if marked.get::<Option<i64>, _>(0).is_none()
         && let Some(head) = outcomes::head(tx, endpoint, task).await?

@@ -360,6 +360,40 @@ async fn a_cleanup_that_its_agent_may_have_is_called_off_there() {
 }
 
 #[tokio::test]
+async fn a_scan_that_its_agent_may_have_is_called_off_and_one_without_another_pattern_is_refused() {
+    let fleet = Fleet::start(1, &terms("100%", 200)).await;
+    let one = fleet.endpoints[0];
+    let sent = fleet.order(one, &pattern("new")).await;
+    let live = fleet.store.live_tasks(2).await.unwrap();
+    assert_eq!(fleet.store.claim(&live, 2).await.unwrap().len(), 1);
+    let begun = fleet.order(one, &pattern("new")).await;
+    fleet.say(one, ReportBody::Accepted { task: begun }, 2).await;
+    let id = fleet.rollout().await.id;
+    fleet.store.move_rollout(id, Move::Stop { reason: "" }, "ann", 3).await.unwrap();
+    let alone = TaskSpec::Scan(tm_protocol::task::ScanSpec {
+        patterns: vec![PatternRef { name: "q".to_owned(), ..pattern("new") }],
+        ..match scan_spec() {
+            TaskSpec::Scan(spec) => spec,
+            TaskSpec::Cleanup(_) | TaskSpec::Restore(_) => panic!("a scan"),
+        }
+    });
+    let order =
+        Order { spec: &alone, issuer: "root", reason: "", expires_in_ms: HOUR_MS, deadline_ms: HOUR_MS };
+    let refused = TaskId::new(Uuid::now_v7());
+    let recipient = Recipient { task: refused, endpoint: one, host: "web".to_owned(), is_unsupported: false };
+    fleet.store.create_tasks(&order, vec![recipient], 4).await.unwrap();
+
+    let live = fleet.store.live_tasks(6).await.unwrap();
+    let due = fleet.store.claim(&live, 6).await.unwrap();
+    let due: Vec<TaskId> = due.iter().map(|due| due.task).collect();
+    assert_eq!(due, [begun], "what its agent has taken stays as it is");
+    let row = fleet.store.task(sent).await.unwrap().unwrap();
+    assert_eq!((row.state, row.cancel_ms), (TaskState::Queued, Some(6)));
+    let row = fleet.store.task(refused).await.unwrap().unwrap();
+    assert_eq!((row.state, row.code.as_deref()), (TaskState::Refused, Some("pattern-stopped")));
+}
+
+#[tokio::test]
 async fn a_wave_begins_by_itself_once_somebody_has_looked_and_not_after_the_brake() {
     let mut every = terms("1%,10%,100%", 200);
     every.every_s = Some(60);
