@@ -122,7 +122,10 @@ async fn accept(
         }
         let heard = heard.clone();
         tokio::spawn(async move {
-            wait(stream, from, place, heard).await;
+            let failed = wait(stream, from, place, heard).await;
+            if let Some(outcome) = failed.filter(|_| of_agents) {
+                METRICS.handshake(outcome);
+            }
             drop(chair);
         });
     }
@@ -152,16 +155,28 @@ async fn seated(
     Ok((chair, listener.accept().await?))
 }
 
-async fn wait(stream: TcpStream, from: SocketAddr, place: Place, heard: mpsc::Sender<Heard>) {
+/// How its handshake failed, if it came to none.
+async fn wait(
+    stream: TcpStream,
+    from: SocketAddr,
+    place: Place,
+    heard: mpsc::Sender<Heard>,
+) -> Option<&'static str> {
     let _ = stream.set_nodelay(true);
     let said = tokio::select! {
         said = handshake::hear(&stream) => said,
-        () = place.is_lost() => return,
+        () = place.is_lost() => return Some("turned-away"),
     };
     place.is_ready();
     match said.and_then(|accepted| Ok((accepted, stream.into_std()?))) {
         // Nobody takes it when the manager ends.
-        Ok((accepted, stream)) => drop(heard.send(Heard { accepted, stream, from, place }).await),
-        Err(error) => tracing::debug!(%from, %error, "It does not begin a handshake."),
+        Ok((accepted, stream)) => {
+            drop(heard.send(Heard { accepted, stream, from, place }).await);
+            None
+        }
+        Err(error) => {
+            tracing::debug!(%from, %error, "It does not begin a handshake.");
+            Some(if error.kind() == io::ErrorKind::TimedOut { "timeout" } else { "failed" })
+        }
     }
 }
