@@ -336,10 +336,8 @@ impl Supervisor {
                         self.unending += 1;
                     }
                     self.past(ended.cpu_ms);
-                    let reason = match reason {
-                        SkipReason::WorkerDied if ended.has_lost_a_file => SkipReason::Changed,
-                        reason => reason,
-                    };
+                    let has_changed = reason == SkipReason::WorkerDied && ended.has_lost_a_file;
+                    let reason = if has_changed { SkipReason::Changed } else { reason };
                     self.sort_out(&lost, reason, &in_hand);
                     if reason == SkipReason::Timeout {
                         self.fruitless = 0;

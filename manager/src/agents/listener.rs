@@ -65,10 +65,12 @@ pub(crate) async fn run(mut lobby: mpsc::Receiver<Heard>, port: Port) {
             match greeted {
                 Ok(greeted) => serve(greeted, from, place, &port).await,
                 Err(error) => {
-                    METRICS.handshake(match error.kind() {
-                        io::ErrorKind::TimedOut => "timeout",
-                        io::ErrorKind::Interrupted => "turned-away",
-                        _ => "failed",
+                    METRICS.handshake(if error.kind() == io::ErrorKind::TimedOut {
+                        "timeout"
+                    } else if error.kind() == io::ErrorKind::Interrupted {
+                        "turned-away"
+                    } else {
+                        "failed"
                     });
                     tracing::debug!(%from, %error, "No handshake.");
                 }

@@ -226,7 +226,7 @@ fn refused(what: &ImportPattern, source: ClientError, out: &Output) -> Failure {
     if let (true, ClientError::Refused(view)) = (out.format() == Format::Json, &source)
         && let Err(failure) = out.json(view)
     {
-        return failure.into();
+        return failure;
     }
     Failure::Import { file: what.file.clone(), source }
 }
