@@ -68,10 +68,12 @@ pub(crate) fn open(
     let listener = listener.into_std()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (sender, heard) = mpsc::channel(HEARD);
+    // The socket takes links already, whenever the thread begins.
+    let listening = of_agents.then(Listening::begin);
     thread::Builder::new().name("lobby".to_owned()).spawn(move || {
         runtime.block_on(async {
             match TcpListener::from_std(listener) {
-                Ok(listener) => accept(listener, places, of_agents, sender, ending).await,
+                Ok(listener) => accept(listener, places, listening, sender, ending).await,
                 Err(error) => tracing::error!(%error, "Cannot accept anybody."),
             }
         });
@@ -82,13 +84,13 @@ pub(crate) fn open(
 async fn accept(
     listener: TcpListener,
     places: usize,
-    of_agents: bool,
+    listening: Option<Listening>,
     heard: mpsc::Sender<Heard>,
     ending: CancellationToken,
 ) {
     let strangers = Strangers::new(places);
     let chairs = Arc::new(Semaphore::new(places + LEAVING));
-    let listening = of_agents.then_some(Listening);
+    let of_agents = listening.is_some();
     loop {
         // Whoever only waits for links is listening, however the last attempt ended.
         if let Some(listening) = &listening {
@@ -135,6 +137,12 @@ async fn accept(
 struct Listening;
 
 impl Listening {
+    fn begin() -> Self {
+        let listening = Self;
+        listening.say(true);
+        listening
+    }
+
     fn say(&self, is_so: bool) {
         METRICS.agent_port_listening.set(i64::from(is_so));
     }
