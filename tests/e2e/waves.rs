@@ -204,10 +204,7 @@ fn packaged() -> Option<String> {
 
 #[test]
 fn a_version_that_hits_a_file_of_a_package_stops_and_who_had_it_goes_back() {
-    let Some(packaged) = packaged() else {
-        eprintln!("not run: no package database on this machine");
-        return;
-    };
+    let packaged = packaged().expect("the machine that tests has dpkg and a file of a package");
     let lab = Lab::start();
     lab.tmctl(["group", "create", "canary"]).expect(0);
     let (early, late) = (lab.agent(), lab.agent());
